@@ -1,0 +1,292 @@
+"""One language model for every mixer: embeddings, blocks of mixer and SwiGLU, head.
+
+    h = embeddings(ids)
+    for each block:  h = h + mixer(norm(h));  h = h + mlp(norm(h))
+    logits = head(norm(h))
+
+Symbols: B batch, T positions of this call, D hidden_size, F intermediate_size, V vocab_size.
+A layer that retrieves has its mixer wrapped in Resona; the initial embeddings h_0 travel to it as `context.memory`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from lrm_recall.cache import RecurrentCache
+from lrm_recall.config import RecurrentLMConfig
+from lrm_recall.context import Context
+from lrm_recall.mixers.base import Mixer
+from lrm_recall.mixers.find import mixer_class
+from lrm_recall.resona.layer import Resona
+from lrm_recall.resona.memory import DenseMemory, Memory, TokenMemory
+
+
+class SwiGLU(nn.Module):
+    """Channel mixing of a block: down(silu(gate(x)) * up(x)); parameter names as in FLA's checkpoints."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, D] -> [B, T, F] -> [B, T, D]
+
+
+def make_norm(config: RecurrentLMConfig) -> nn.Module:
+    """The normalisation that the configuration names, over D."""
+    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return norm(config.hidden_size, eps=config.norm_eps)
+
+
+def make_mixer(config: RecurrentLMConfig, layer: int) -> Mixer:
+    """The mixer of one layer, without Resona."""
+    return mark_outputs(mixer_class(config.mixer)(config.hidden_size, **config.mixer_options(layer)))
+
+
+def mark_outputs(module: nn.Module) -> nn.Module:
+    """Mark the projections that write to the residual stream: they start smaller, the more layers there are (GPT-2)."""
+    for name, child in module.named_modules():
+        if name.rpartition(".")[2] in ("o_proj", "out_proj", "down_proj"):
+            child.writes_residual = True
+    return module
+
+
+class Block(GradientCheckpointingLayer):
+    """One layer: token mixing, then (unless `mlp` is "none") channel mixing, each on a normalised residual stream."""
+
+    def __init__(self, config: RecurrentLMConfig, layer: int) -> None:
+        super().__init__()
+        self.mixer_norm = make_norm(config)
+        self.mixer = make_mixer(config, layer)
+        if layer in config.resona_layers:
+            self.mixer = mark_outputs(Resona(self.mixer, config.hidden_size, **config.resona_options))
+        if config.mlp == "swiglu":
+            self.mlp_norm = make_norm(config)
+            self.mlp = mark_outputs(SwiGLU(config.hidden_size, config.intermediate_size))
+        else:
+            self.mlp = None
+
+    def forward(self, h: Tensor, context: Context) -> Tensor:
+        dtype = self.mixer_norm.weight.dtype  # the stream itself may be kept in float32
+        h = h + self.mixer(self.mixer_norm(h.to(dtype)), context)
+        if self.mlp is not None:
+            h = h + self.mlp(self.mlp_norm(h.to(dtype)))
+        return h
+
+
+class RecurrentPreTrainedModel(PreTrainedModel):
+    """What RecurrentModel and RecurrentLM share: configuration, initialisation, saving and loading."""
+
+    config_class = RecurrentLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            depth = 2 * self.config.num_hidden_layers if getattr(module, "writes_residual", False) else 1
+            init.normal_(module.weight, mean=0.0, std=std / depth**0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            wide = self.config.embedding_range
+            init.normal_(module.weight, mean=0.0, std=std if wide is None else wide)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Mixer):
+            module.init_weights(std)
+
+
+class RecurrentModel(RecurrentPreTrainedModel):
+    """Embeddings and blocks, without the head."""
+
+    def __init__(self, config: RecurrentLMConfig) -> None:
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = make_norm(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        use_cache: bool | None = None,
+        chunk_indices: Tensor | dict[int, Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks; arguments as for `RecurrentLM.forward`."""
+        del return_dict  # always an output object
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T] -> [B, T, D]
+        use_cache = past_key_values is not None or (self.config.use_cache and not self.training
+                                                    if use_cache is None else use_cache)
+        cache = past_key_values
+        if use_cache and cache is None:
+            cache = RecurrentCache(self.config.num_hidden_layers)
+        length = embeds.shape[1]
+        past_length = 0 if cache is None else cache.length
+        mask, offset = self._padding(attention_mask, length, cache)
+        memory = self._memory(input_ids, embeds, cache, offset) if self.config.resona else None
+
+        h = embeds.float() if self.config.residual_in_fp32 else embeds
+        hidden_states = [h] if output_hidden_states else None
+        for index, block in enumerate(self.layers):
+            chosen = chunk_indices.get(index) if isinstance(chunk_indices, dict) else chunk_indices
+            context = Context(mask, offset, past_length, None if cache is None else cache.layers[index], memory, chosen)
+            h = block(h, context)
+            if hidden_states is not None:
+                hidden_states.append(h)
+        if cache is not None:
+            cache.length = past_length + length
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(h.to(self.norm.weight.dtype)),
+            past_key_values=cache,
+            hidden_states=None if hidden_states is None else tuple(hidden_states),
+        )
+
+    def _padding(
+        self, attention_mask: Tensor | None, length: int, cache: RecurrentCache | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The mask [B, T] of the new positions and the left padding [B] of each row so far, None where there is none."""
+        past_length = 0 if cache is None else cache.length
+        if attention_mask is None:
+            return None, None if cache is None else cache.offset
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (length, past_length + length):
+            raise ValueError(f"attention_mask must be [batch, {past_length + length}] (or cover the {length} new positions "
+                             f"alone), got {tuple(attention_mask.shape)}")
+        mask = attention_mask[:, -length:].bool()  # [B, T]
+        if bool(mask.all()):
+            return None, None if cache is None else cache.offset
+        begun = mask.cumsum(dim=1) > 0  # [B, T] at or after the first real token
+        new_padding = (~begun).sum(dim=1)  # [B]
+        if bool((begun & ~mask).any()) and cache is not None:
+            raise ValueError("with a cache, rows must be padded on the left: attention_mask has a 0 after a 1")
+        if past_length and bool((new_padding > 0).any()):
+            started = torch.ones_like(new_padding) if cache.offset is None else (cache.offset < past_length)
+            if bool((started.bool() & (new_padding > 0)).any()):
+                raise ValueError("attention_mask pads a row that has already begun in the cache")
+        offset = new_padding if cache is None or cache.offset is None else cache.offset + new_padding
+        if cache is not None:
+            cache.offset = offset
+        return mask, offset
+
+    def _memory(
+        self, input_ids: Tensor | None, embeds: Tensor, cache: RecurrentCache | None, offset: Tensor | None
+    ) -> Memory:
+        """What Resona layers retrieve from: the embeddings of this call, or the ids of every call so far."""
+        if cache is None:
+            return DenseMemory(embeds, offset)
+        if input_ids is None:
+            raise ValueError("a Resona model keeps token ids in its cache, so with a cache it needs input_ids; call it "
+                             "with use_cache=False to run on inputs_embeds")
+        ids = cache.append_ids(input_ids)  # [B, L]
+        return DenseMemory(embeds, offset) if cache.length == 0 else TokenMemory(ids, self.embeddings, offset)
+
+
+class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
+    """A causal language model over any mixer of this library.
+
+    Example:
+        >>> config = RecurrentLMConfig(mixer="gla", hidden_size=64, resona={"layers": [0], "chunk_size": 2})
+        >>> logits = RecurrentLM(config)(torch.randint(0, config.vocab_size, (1, 16))).logits  # [1, 16, V]
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    accepts_loss_kwargs = True  # Trainer hands num_items_in_batch, so that accumulated steps average over all tokens
+
+    def __init__(self, config: RecurrentLMConfig) -> None:
+        super().__init__(config)
+        self.model = RecurrentModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes its own RecurrentCache when `generate` asks for one
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: RecurrentCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        chunk_indices: Tensor | dict[int, Tensor] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits.
+
+        Args:
+            input_ids: [B, T] int64 token ids; or inputs_embeds: [B, T, D] in their place.
+            attention_mask: [B, T] or, with a cache, [B, past + T]; 0 marks padding, on one side of a row only, and on
+                the left only with a cache.
+            past_key_values: the cache that an earlier call returned; it is continued and changed in place.
+            labels: [B, T] int64, shifted inside (position t predicts label t + 1); -100 is ignored.
+            use_cache: return a cache; by default yes in evaluation and no in training.
+            logits_to_keep: positions whose logits are wanted: the last n, or those of an index tensor; 0 for all.
+            chunk_indices: [B, T, k] int64 chunks found beforehand (section 4.2.2), for every Resona layer or in a dict
+                by layer; -1 for none.
+            output_hidden_states: also return the residual stream before the first and after each block.
+            num_items_in_batch: labelled tokens over all accumulated steps (Trainer passes it).
+
+        Returns:
+            logits [B, T or kept, V], loss (with labels), past_key_values (with use_cache), hidden_states.
+
+        Raises:
+            ValueError: both or neither kind of input, a mask of another shape or with holes, a cache with embeddings
+                as input in a Resona model, chunks that would show a position its future.
+        """
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values, use_cache=use_cache, chunk_indices=chunk_indices,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        keep = logits_to_keep if isinstance(logits_to_keep, Tensor) else keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])  # [B, T, D] -> [B, kept, V]
+        loss = None
+        if labels is not None:
+            extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def state_size(self, sequence_length: int | None = None) -> int:
+        """Elements of recurrent state that one sequence carries, over all layers (StateX, section 3.1)."""
+        return sum(block.mixer.state_size(sequence_length) for block in self.model.layers)
+

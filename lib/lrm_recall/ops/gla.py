@@ -1,0 +1,195 @@
+"""Gated linear attention: a linear recurrence whose state decays by its own factor in every key channel.
+
+    S[t] = diag(exp(log_decay[t])) S[t-1] + k[t] v[t]^T          o[t] = scale * S[t]^T q[t]
+
+(GLA, arXiv 2312.06635, equation 3.) `gla_recurrent` is that loop in fp32, the oracle; `gla_chunked` is the form to
+train with; `gla_step` decodes one token.
+
+B batch, T tokens, H heads, K key channels per head, V value channels per head
+C tokens in a chunk, N chunks, L tokens in a leaf (C = L * 2^levels), s tokens in half a block of one level
+S state [K, V]; G cumulative log decay within a chunk (section 4.2's log b), so G[i] - G[j] spans tokens j+1..i
+
+How the chunked form stays safe. Within a chunk, token i reads token j <= i with weight exp(G[i] - G[j]), and a matrix
+product needs that as (something of i) * (something of j). Split at a border m between them, both factors,
+exp(G[i] - G[m]) and exp(G[m] - G[j]), are at most 1, whatever the decay. So a chunk is built up by doubling: in every
+block of 2s tokens the later half reads the earlier half through the border between them, with sums of decays taken
+within each half alone (a difference of two long sums would lose its digits after one huge decay). It need not start
+from single tokens: while the decay over a leaf of L tokens stays above exp(-40), one product over the leaf cannot
+overflow. With the gates that GLA learns, the leaf is the whole chunk and no doubling is left to do. (The paper's
+secondary chunking materialises an [L, L, K] tensor on the diagonal instead.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lrm_recall.ops.scan import chunk_scan
+
+# Largest log decay over a leaf. exp(40) times any activation, and exp(-40) times any gradient, stays well within fp32.
+_LEAF_DECAY = 40.0
+
+
+def gla_recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The recurrence token by token in fp32: the reference for every other form.
+
+    Args and returns as `gla_chunked`.
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    B, T, H, K = q.shape
+    state = v.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    outputs = []
+    for t in range(T):
+        o, state = gla_step(
+            q[:, t].to(dtype), k[:, t].to(dtype), v[:, t].to(dtype), log_decay[:, t].to(dtype), state, scale=scale
+        )
+        outputs.append(o)
+    return torch.stack(outputs, dim=1).to(v.dtype), state  # [B, T, H, V]
+
+
+def gla_step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token.
+
+    Args:
+        q, k, log_decay: [B, H, K].
+        v: [B, H, V].
+        state: [B, H, K, V] fp32.
+        scale: K**-0.5 by default.
+
+    Returns:
+        o [B, H, V] in v's dtype, and the new state.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dtype = state.dtype
+    update = k.to(dtype).unsqueeze(-1) * v.to(dtype).unsqueeze(-2)  # [B, H, K, V]
+    state = torch.addcmul(update, log_decay.to(dtype).exp().unsqueeze(-1), state)
+    o = ((q.to(dtype) * scale).unsqueeze(-2) @ state).squeeze(-2)  # [B, H, V]
+    return o.to(v.dtype), state
+
+
+def gla_chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    chunk_size: int = 64,
+    output_final_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The same recurrence as matrix products over chunks of tokens (GLA, section 4.2).
+
+    Args:
+        q, k: [B, T, H, K], any floating dtype, any strides.
+        v: [B, T, H, V].
+        log_decay: [B, T, H, K], finite, at most 0, of any size.
+        scale: of the scores; K**-0.5 by default.
+        initial_state: [B, H, K, V]; zeros by default.
+        chunk_size: most tokens in a chunk, a power of two.
+        output_final_state: False saves the work for a state that nobody reads.
+
+    Returns:
+        o [B, T, H, V] in v's dtype, and the state after the last token, [B, H, K, V] fp32 (fp64 for fp64 inputs),
+        or None if it was not asked for. Differentiable once in every tensor argument.
+
+    Raises:
+        ValueError: chunk_size is not a power of two.
+    """
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    scale = K**-0.5 if scale is None else scale
+    C = min(chunk_size, 1 << (T - 1).bit_length())
+    N = -(-T // C)
+    out_dtype = v.dtype
+    # The end of the last chunk is filled with k = v = 0 and no decay, which leaves the state as it is.
+    q, k, v, log_decay = (_to_chunks(x, N, C, dtype) for x in (q, k, v, log_decay))  # [N, B, H, C, K or V]
+    o, reads, writes, decay = _within_chunks(q * scale, k, v, log_decay)
+
+    state = None
+    if N > 1 or initial_state is not None or output_final_state:
+        initial_state = v.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(dtype)
+        states = chunk_scan(decay.mT, writes.mT @ v, initial_state)  # [N+1, B, H, K, V]
+        o = o + reads @ states[:-1]
+        state = states[-1]
+
+    o = o.permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
+    return o.to(out_dtype), state if output_final_state else None
+
+
+def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
+    """[B, T, H, X] to [N, B, H, C, X], with zeros behind the last token."""
+    B, T, H, X = x.shape
+    missing = num_chunks * chunk_size - T
+    if missing:
+        x = F.pad(x, (0, 0, 0, 0, 0, missing))  # [B, N*C, H, X]
+    x = x.reshape(B, num_chunks, chunk_size, H, X).permute(1, 0, 3, 2, 4)  # [N, B, H, C, X]
+    return x.to(dtype).contiguous()
+
+
+@torch.no_grad()
+def _leaf_size(log_decay: Tensor) -> int:
+    """The most tokens, C halved until it fits, over which no channel decays by more than exp(-_LEAF_DECAY)."""
+    *lead, C, K = log_decay.shape
+    size = C
+    while size > 1 and log_decay.view(*lead, C // size, size, K).sum(-2).min() < -_LEAF_DECAY:
+        size //= 2
+    return size
+
+
+def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Everything a chunk can do without knowing the state before it.
+
+    Args:
+        q, k, log_decay: [N, B, H, C, K]; v: [N, B, H, C, V].
+
+    Returns:
+        o [N, B, H, C, V], each chunk's output from a state of zeros;
+        reads [N, B, H, C, K], the queries as they read the state before the chunk, q[i] exp(G[i]);
+        writes [N, B, H, C, K], the keys as they reach the state after it, k[j] exp(G[C] - G[j]);
+        decay [N, B, H, 1, K] of the state over the chunk, exp(G[C]).
+    """
+    lead, C = q.shape[:-2], q.shape[-2]
+    L = _leaf_size(log_decay)
+    q, k, v, log_decay = (x.view(*lead, C // L, L, x.shape[-1]) for x in (q, k, v, log_decay))
+
+    # `before`: log decay from the start of a token's block through the token; `after`: from behind it to the end.
+    before = log_decay.cumsum(-2)  # [N, B, H, C/L, L, K]
+    total = before[..., -1:, :]  # [N, B, H, C/L, 1, K]
+    if L == 1:
+        o = (q * k).sum(-1, keepdim=True) * v
+    else:
+        reads = q * before.exp()
+        writes = k * (-before).exp()
+        causal = q.new_ones(L, L).tril_()
+        o = (reads @ writes.mT).mul_(causal) @ v  # [N, B, H, C/L, L, V]
+        if L == C:
+            decay = total.exp()
+            return o.squeeze(-3), reads.squeeze(-3), (writes * decay).squeeze(-3), decay.squeeze(-3)
+
+    after = F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)  # [N, B, H, C/L, L, K]
+    while (size := q.shape[-2]) < C:
+        q, k, v, o, before, after, total = (
+            x.unflatten(-3, (C // size // 2, 2)) for x in (q, k, v, o, before, after, total)
+        )  # [N, B, H, C/2s, 2, s or 1, K or V]: an earlier and a later half for every block of 2s tokens
+        scores = (q[..., 1, :, :] * before[..., 1, :, :].exp()) @ (k[..., 0, :, :] * after[..., 0, :, :].exp()).mT
+        o = torch.stack((o[..., 0, :, :], o[..., 1, :, :] + scores @ v[..., 0, :, :]), -3)
+        before = torch.stack((before[..., 0, :, :], before[..., 1, :, :] + total[..., 0, :, :]), -3)
+        after = torch.stack((after[..., 0, :, :] + total[..., 1, :, :], after[..., 1, :, :]), -3)
+        total = total.sum(-3)  # [N, B, H, C/2s, 1, K]
+        q, k, v, o, before, after = (x.flatten(-3, -2) for x in (q, k, v, o, before, after))  # [N, B, H, C/2s, 2s, X]
+    return tuple(x.squeeze(-3) for x in (o, q * before.exp(), k * after.exp(), total.exp()))
