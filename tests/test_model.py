@@ -179,7 +179,8 @@ def test_the_cache_keeps_no_keys_and_values():
     ("arguments", "message"),
     [({}, "either input_ids or inputs_embeds"),
      ({"input_ids": random_ids(1, 4), "attention_mask": torch.ones(1, 3)}, r"attention_mask must be \[batch, 4\]"),
-     ({"input_ids": random_ids(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]]), "use_cache": True}, "0 after a 1"),
+     ({"input_ids": random_ids(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]]), "use_cache": True},
+      "0 after a 1"),
      ({"inputs_embeds": torch.randn(1, 4, 16), "use_cache": True}, "needs input_ids")],
 )
 def test_bad_calls(arguments, message):

@@ -32,15 +32,15 @@ class RecurrentLMConfig(PreTrainedConfig):
     num_hidden_layers: int = 4
     mixer: str = "gla"  # a module of lrm_recall.mixers
     mixer_args: dict[str, Any] = field(default_factory=dict)  # its options, for every layer
-    layer_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # {"0": {"num_heads": 1}}: options of single layers
+    layer_overrides: dict[str, dict[str, Any]] = field(default_factory=dict)  # such as {"0": {"num_heads": 1}}
     resona: dict[str, Any] | None = None  # {"layers": [0], "chunk_size": 64, ...}: options of Resona; None for none
     mlp: str = "swiglu"  # or "none": a block of the mixer alone, as in Mamba2 and in zoology's MQAR models
-    intermediate_size: int | None = None  # of the SwiGLU; None: 8/3 hidden_size, rounded up to a multiple of 256 (FLA's rule)
+    intermediate_size: int | None = None  # of the SwiGLU; None: 8/3 hidden_size, up to a multiple of 256 (as FLA)
     norm: str = "rmsnorm"  # or "layernorm"
     norm_eps: float = 1e-6
     initializer_range: float = 0.02  # std of weights; of those that write to the residual stream, over sqrt(2 layers)
     embedding_range: float | None = None  # std of the embeddings; None: initializer_range
-    residual_in_fp32: bool = False  # the stream between blocks in float32 whatever the weights' type (Mamba2 checkpoints)
+    residual_in_fp32: bool = False  # the stream between blocks in float32 whatever the weights are (Mamba2)
     tie_word_embeddings: bool = False
     use_cache: bool = True
     bos_token_id: int | None = None

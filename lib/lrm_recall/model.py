@@ -171,13 +171,13 @@ class RecurrentModel(RecurrentPreTrainedModel):
     def _padding(
         self, attention_mask: Tensor | None, length: int, cache: RecurrentCache | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The mask [B, T] of the new positions and the left padding [B] of each row so far, None where there is none."""
+        """The mask [B, T] of the new positions, the left padding [B] of each row so far; None where there is none."""
         past_length = 0 if cache is None else cache.length
         if attention_mask is None:
             return None, None if cache is None else cache.offset
         if attention_mask.dim() != 2 or attention_mask.shape[1] not in (length, past_length + length):
-            raise ValueError(f"attention_mask must be [batch, {past_length + length}] (or cover the {length} new positions "
-                             f"alone), got {tuple(attention_mask.shape)}")
+            raise ValueError(f"attention_mask must be [batch, {past_length + length}] (or cover the {length} new "
+                             f"positions alone), got {tuple(attention_mask.shape)}")
         mask = attention_mask[:, -length:].bool()  # [B, T]
         if bool(mask.all()):
             return None, None if cache is None else cache.offset

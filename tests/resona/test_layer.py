@@ -135,7 +135,8 @@ def test_blocks_of_queries_change_nothing(gate, monkeypatch):
     monkeypatch.setattr(search, "_SCORES_AT_ONCE", 20)
     blocks = layer(x)
     torch.testing.assert_close(blocks, whole)
-    for ours, theirs in zip(torch.autograd.grad(blocks.square().sum(), [x, layer.k_proj.weight]), expected, strict=True):
+    gradients = torch.autograd.grad(blocks.square().sum(), [x, layer.k_proj.weight])
+    for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

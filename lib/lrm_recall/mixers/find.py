@@ -1,4 +1,4 @@
-"""Finding a mixer by its name: `lrm_recall.mixers.<name>` exposes its class as `MIXER`, and there is no table to keep."""
+"""Finding a mixer by its name: `lrm_recall.mixers.<name>` exposes its class as `MIXER`; there is no table to keep."""
 
 from __future__ import annotations
 

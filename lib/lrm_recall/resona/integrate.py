@@ -1,7 +1,8 @@
 """Knowledge integration (Resona, section 3.1, Algorithm 3): cross-attention of each position over its chosen chunks.
 
 Symbols
-    B  batch    T  query positions    L  tokens of the memory, N chunks of U    k  chunks a query    H  heads    d  head_dim
+    B  batch    T  query positions    L  tokens of the memory, N chunks of U
+    k  chunks a query    H  heads    d  head_dim
 Each query meets k U tokens. Keys and values of the whole memory are projected once and gathered by chunk, or, when
 few positions ask (decoding), only the chosen tokens are projected; the result is the same.
 """

@@ -53,7 +53,7 @@ def widened_state(old: Tensors, fresh: Tensors, n_groups: int, *, inherit: bool,
 
 
 def _zeroed(new_rows: NewRows, name: str) -> tuple[bool, bool]:
-    """Whether the new rows of (B, C) in this tensor start at zero; the convolution's taps stay fresh so that both learn."""
+    """Whether the new rows of (B, C) in this tensor start at zero; the taps stay fresh, so that both can learn."""
     if name == "conv1d.weight":
         return False, False
     return new_rows in ("zero_B", "zero_both"), new_rows in ("zero_C", "zero_both")
