@@ -1,0 +1,277 @@
+"""Sweeps: only what is missing is run, failures are kept apart, Dask workers come and go."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from sweep_runs import QuickRun, experiment, forgets_metrics, quick_run
+
+from lrm_recall import provenance
+from lrm_recall.progress import SweepProgress, duration
+from lrm_recall.results import ResultStore, StoreError
+from lrm_recall.sweep import Experiment, plan_sweep, run_sweep
+
+quietly = functools.partial(run_sweep, profile="smoke", progress=False)
+
+
+@pytest.fixture
+def store(tmp_path) -> ResultStore:
+    return ResultStore(tmp_path / "quick.smoke.jsonl")
+
+
+def specs(tmp_path, *behaviours: str) -> list[QuickRun]:
+    return [QuickRun(seed, behaviour, log=str(tmp_path / "log")) for seed, behaviour in enumerate(behaviours)]
+
+
+def begun(tmp_path) -> list[int]:
+    """Seeds of the runs that were begun since the last call."""
+    log = tmp_path / "log"
+    seeds = [int(line.split()[0]) for line in log.read_text().splitlines()] if log.exists() else []
+    log.unlink(missing_ok=True)
+    return sorted(seeds)
+
+
+def statuses(rows) -> list[str]:
+    return [row["status"] for row in rows]
+
+
+# --- one process
+
+
+def test_only_missing_runs_are_done_and_duplicates_once(store, tmp_path):
+    runs = specs(tmp_path, "ok", "ok", "ok")
+    seen = []
+    thrice = [runs[1], runs[0], runs[1]]
+    rows = quietly(thrice, experiment(), store, on_row=lambda row: seen.append(row["key"]))
+    assert begun(tmp_path) == [0, 1]
+    assert [row["seed"] for row in rows] == [1, 0]
+    assert seen == [row["key"] for row in rows]
+    rows = quietly(runs, experiment(), store)
+    assert begun(tmp_path) == [2]
+    assert [row["metrics"]["accuracy"] for row in rows] == [0.0, 2.0, 4.0]
+    assert rows == [store.get(row["key"]) for row in rows]
+
+
+def test_a_row_says_what_was_run_and_where(store, tmp_path):
+    (row,) = quietly(specs(tmp_path, "ok"), experiment(), store)
+    assert row["experiment"] == "quick" and row["profile"] == "smoke"
+    assert row["config"] == {"seed": 0, "behaviour": "ok", "sleep_s": 0.0, "log": str(tmp_path / "log")}
+    assert row["machine"] == provenance.machine()
+    assert len(row["history"]) == 200 and row["runtime_s"] > 0
+
+
+def test_a_failed_run_stops_no_other_and_is_retried_on_request_only(store, tmp_path):
+    runs = specs(tmp_path, "raise", "ok", "nan", "ok")
+    with pytest.warns(UserWarning, match=r"2 of 4 runs failed; the first, .*: RuntimeError: no such luck"):
+        rows = quietly(runs, experiment(), store)
+    assert statuses(rows) == ["failed", "ok", "failed", "ok"]
+    assert rows[0]["error"].startswith("RuntimeError: no such luck (sweep_runs.py:")
+    assert rows[2]["error"] == "metrics.accuracy is not a finite number: the run has diverged"
+    assert begun(tmp_path) == [0, 1, 2, 3]
+    with pytest.warns(UserWarning, match=r"2 of them earlier \(retry_failed=True tries those again\)"):
+        assert statuses(quietly(runs, experiment(), store)) == ["failed", "ok", "failed", "ok"]
+    assert begun(tmp_path) == []
+    with pytest.warns(UserWarning, match="2 of 4 runs failed;"):
+        quietly(runs, experiment(), store, retry_failed=True)
+    assert begun(tmp_path) == [0, 2]
+
+
+def test_fresh_runs_everything_again(store, tmp_path):
+    runs = specs(tmp_path, "ok", "ok")
+    first = quietly(runs, experiment(), store)
+    again = quietly(runs, experiment(), store, fresh=True)
+    assert begun(tmp_path) == [0, 0, 1, 1]
+    assert [row["key"] for row in again] == [row["key"] for row in first]
+    assert store.rows() == again != first
+
+
+def test_a_plan_lists_what_is_missing_and_runs_nothing(store, tmp_path):
+    runs = specs(tmp_path, "ok", "raise", "ok")
+    with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+        rows = quietly(runs[:2], experiment(), store)
+    begun(tmp_path)
+    plan = plan_sweep(runs, experiment(cost=lambda run: 200.0), store)
+    assert begun(tmp_path) == []
+    assert plan.stored == [rows[0]["key"]] and list(plan.failed) == [rows[1]["key"]]
+    assert len(plan.keys) == 3 and plan.missing == plan.keys[2:]
+    head, todo, failed = str(plan).splitlines()
+    assert head == "quick: 3 runs, 1 stored, 1 to do, 1 failed earlier, about 3 min of work"
+    assert plan.missing[0] in todo and "seed=2" in todo
+    assert rows[1]["key"] in failed and "no such luck" in failed
+
+
+def test_a_result_of_another_shape_is_a_failed_run(store, tmp_path):
+    with pytest.warns(UserWarning, match="a run returns a dict with metrics"):
+        assert statuses(quietly(specs(tmp_path, "ok"), experiment(forgets_metrics), store)) == ["failed"]
+
+
+def test_a_corrupt_store_stops_the_sweep_before_anything_runs(store, tmp_path):
+    store.path.write_text("not json\n")
+    with pytest.raises(StoreError, match="line 1 is not JSON"):
+        quietly(specs(tmp_path, "ok"), experiment(), store)
+    assert begun(tmp_path) == [] and store.path.read_text() == "not json\n"
+
+
+@dataclass(frozen=True)
+class Seedless:
+    size: int = 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"seed": 0}, "an instance of a dataclass"),
+        (QuickRun, "an instance of a dataclass"),
+        (Seedless(), "needs an integer field `seed`"),
+        (QuickRun(0, sleep_s=float("nan")), "not JSON compliant"),
+    ],
+)
+def test_a_description_that_cannot_be_a_row_is_refused(store, spec, message):
+    with pytest.raises(ValueError, match=message):
+        quietly([spec], experiment(), store)
+    assert not store.path.exists()
+
+
+@pytest.mark.parametrize("run", [lambda spec: {}, functools.partial(lambda spec: {})])
+def test_a_function_that_workers_cannot_import_is_refused(run):
+    with pytest.raises(ValueError, match="function at the top of a module, not test_sweep"):
+        experiment(run)
+
+
+def test_data_needs_source_and_revision():
+    with pytest.raises(ValueError, match="data lacks revision, source"):
+        Experiment("quick", quick_run, {}, modules=lambda spec: [])
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+def test_workers_must_be_positive(store, tmp_path, workers):
+    with pytest.raises(ValueError, match=f"workers is {workers}"):
+        quietly(specs(tmp_path, "ok"), experiment(), store, workers=workers)
+
+
+# --- Dask workers
+
+
+def test_workers_survive_a_run_that_kills_one(store, tmp_path):
+    runs = specs(tmp_path, "ok", "die", "ok", "raise", "ok", "ok")
+    before = os.environ.get("OMP_NUM_THREADS")
+    with pytest.warns(UserWarning, match="2 of 6 runs failed"):
+        rows = quietly(runs, experiment(), store, workers=2)
+    assert statuses(rows) == ["ok", "failed", "ok", "failed", "ok", "ok"]
+    assert rows[1]["error"].startswith("lost worker: the process died during the run")
+    assert rows[3]["error"].startswith("RuntimeError: no such luck")
+    processes = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
+    assert str(os.getpid()) not in processes and len(processes) >= 2
+    assert begun(tmp_path) == [0, 1, 2, 3, 4, 5]  # the run that died was not handed to the next worker
+    assert os.environ.get("OMP_NUM_THREADS") == before  # one thread is for the workers, not for us
+
+
+def test_a_cluster_is_reached_by_its_address(store, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, host="127.0.0.1", protocol="tcp",
+        dashboard_address="127.0.0.1:0", scheduler_kwargs={"dashboard": False},
+    ) as cluster:  # fmt: skip
+        rows = quietly(specs(tmp_path, "ok", "ok"), experiment(), store, workers=cluster.scheduler_address)
+    assert statuses(rows) == ["ok", "ok"] and len(store.rows()) == 2
+
+
+def test_an_address_where_nobody_answers_is_one_error(store, tmp_path, monkeypatch):
+    import dask
+
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "0.2s"}),
+        pytest.raises(ConnectionError, match="no Dask scheduler answers at 'tcp://127.0.0.1:9'"),
+    ):
+        quietly(specs(tmp_path, "ok"), experiment(), store, workers="tcp://127.0.0.1:9")
+    assert not store.path.exists()
+
+
+# --- the progress bar
+
+
+def test_the_bar_tells_runs_failures_and_time(store, tmp_path, capsys):
+    with pytest.warns(UserWarning):
+        run_sweep(specs(tmp_path, "ok", "raise"), experiment(), store, profile="smoke")
+    text = capsys.readouterr().err
+    assert "quick: 0/2" in text and "time left unknown" in text
+    assert "quick: 2/2" in text and "1 failed" in text
+
+
+def test_the_estimate_starts_from_hints_and_learns_from_runs():
+    hints = {"a": 100.0, "b": 100.0, "c": 200.0}
+    with SweepProgress("x", hints, hints, workers=2, show=False) as bar:
+        assert bar.seconds_left() == pytest.approx(200, abs=1)
+        bar.finished("a", 50.0, failed=False)  # half of what the hint said
+        assert bar.seconds_left() == pytest.approx(100, abs=1)
+        bar.finished("b", 1.0, failed=True)
+        assert bar.seconds_left() == pytest.approx(75, abs=1)
+    with SweepProgress("x", ["a", "b"], None, workers=1, show=False) as bar:
+        assert bar.seconds_left() is None
+        bar.finished("a", 10.0, failed=False)
+        assert bar.seconds_left() == pytest.approx(20, abs=1)
+
+
+def test_durations_are_for_people():
+    assert [duration(s) for s in (4.4, 99, 100, 5_940, 6_000, 7_500)] == [
+        "4 s", "99 s", "2 min", "99 min", "1 h 40 min", "2 h 05 min"
+    ]  # fmt: skip
+
+
+# --- provenance
+
+
+def python(code: str, path: Path) -> str:
+    """What a fresh Python prints, with the packages under `path`."""
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A copy of the module at another place, outside git."""
+    (tmp_path / "lrm_recall").mkdir()
+    (tmp_path / "lrm_recall" / "provenance.py").write_text(Path(provenance.__file__).read_text())
+    return tmp_path
+
+
+def test_provenance_works_outside_git(elsewhere):
+    code = "from lrm_recall.provenance import *; print(commit()); print(describe(snapshot(), seed=3))"
+    told = python(code, elsewhere)
+    assert told.startswith("None\ncommit    not in git\n") and told.endswith("seed      3\n")
+
+
+def test_the_commit_says_when_the_code_differs(elsewhere):
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", *words]
+        done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    def commit() -> str:
+        return python("from lrm_recall.provenance import commit; print(commit())", elsewhere).strip()
+
+    rows = elsewhere / "outputs" / "rows"
+    rows.parent.mkdir()
+    rows.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    name = git("rev-parse", "--short=12", "HEAD")
+    rows.write_text("2")
+    assert commit() == name
+    with (elsewhere / "lrm_recall" / "provenance.py").open("a") as source:
+        source.write("# changed\n")
+    assert commit() == f"{name}-dirty"
+
+
+def test_a_sweep_starts_quickly():
+    """Importing it loads none of the libraries that take seconds."""
+    code = "import sys, lrm_recall.sweep; print({'torch', 'pandas', 'distributed'} & set(sys.modules))"
+    assert python(code, Path(provenance.__file__).parents[1]).strip() == "set()"
