@@ -1,0 +1,124 @@
+"""From a set of parameters to the MQAR runs of a sweep (Resona, Figure 5 and Table 11), and what each will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from lrm_recall.options import accepted_options, did_you_mean
+from lrm_recall.resona.layer import Resona
+from lrm_recall.train.synthetic import MQARRun
+
+# zoology's sweep for its Figure 2, np.logspace(-4, -2, 4), to three digits
+LEARNING_RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
+
+PAPER_RESONA = {"chunk_size": 2, "top_k": 1}  # appendix A.3, for MQAR
+
+# Microseconds on one core (AMD EPYC with AVX-512, V = 8192), forward and backward, at hidden size 64
+_LAYER_US = {"baseconv": 1.7, "attention": 3.2, "gla": 3.9, "mamba2": 9.3}  # of one layer, a token
+_OTHER_LAYER_US = 4.0
+_RETRIEVAL_US = 4.0  # of one Resona layer, a token
+_ANSWER_US = 50.0  # of the output layer and its loss, a question
+
+
+def mqar_runs(
+    *,
+    mixers: Sequence[str],
+    lengths: Mapping[int, int],
+    d_models: Sequence[int],
+    variants: Sequence[str] = ("base", "resona0", "resona2"),
+    learning_rates: Sequence[float] = LEARNING_RATES,
+    seeds: Sequence[int] = (0,),
+    resona: Mapping[str, Any] | None = None,
+    mixer_args: Mapping[str, Mapping[str, Any]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[MQARRun]:
+    """Every combination, as a list of runs.
+
+    Args:
+        mixers: names of mixers. `baseconv` gets the kernels of zoology's Figure 2: 3 taps in even layers, as
+            long as the sequence in odd ones.
+        lengths: input length to number of key-value pairs, such as {64: 4, 128: 8}.
+        d_models: hidden sizes.
+        variants: "base", or "resona" and the layers that retrieve: "resona0", "resona2", "resona0+2".
+        learning_rates: swept; `lrm_recall.train.select` chooses.
+        seeds: repetitions.
+        resona: options of the Resona layers that differ from `PAPER_RESONA` and the defaults of `Resona`.
+        mixer_args: options by mixer, for those that need other values than their defaults.
+        settings: any other field of MQARRun, the same for all runs, such as {"max_epochs": 8}.
+
+    Raises:
+        ValueError: an unknown name or variant, an empty list, or a run that cannot be.
+    """
+    axes = {"mixers": mixers, "lengths": lengths, "d_models": d_models, "variants": variants,
+            "learning_rates": learning_rates, "seeds": seeds}
+    for name, values in axes.items():
+        if not values or isinstance(values, str):
+            raise ValueError(f"{name} must list at least one value, got {values!r}")
+    defaults = {name: option.default for name, option in accepted_options(Resona).items()}
+    retrieval = {**defaults, **PAPER_RESONA, **(resona or {})}  # every option, so that a row says what it was
+    options, settings = dict(mixer_args or {}), dict(settings or {})
+    _check_names("mixer_args", options, mixers)
+    swept = {"mixer", "input_length", "num_kv_pairs", "d_model", "resona", "learning_rate", "seed", "mixer_args",
+             "layer_overrides"}
+    _check_names("settings", settings, MQARRun.__dataclass_fields__.keys() - swept)
+    num_layers = settings.get("num_layers", MQARRun.num_layers)
+    if not isinstance(num_layers, int):
+        raise ValueError(f"num_layers must be an integer, got {num_layers!r}")
+    runs = []
+    for mixer, (length, pairs), d_model, variant, rate, seed in product(
+        mixers, lengths.items(), d_models, variants, learning_rates, seeds
+    ):
+        layers = _resona_layers(variant)
+        runs.append(MQARRun(
+            mixer=mixer,
+            d_model=d_model,
+            input_length=length,
+            num_kv_pairs=pairs,
+            resona=None if layers is None else {"layers": layers, **retrieval},
+            learning_rate=rate,
+            seed=seed,
+            **_mixer_fields(mixer, dict(options.get(mixer, {})), length, num_layers),
+            **settings,
+        ))
+    return runs
+
+
+def expected_seconds(run: MQARRun) -> float:
+    """Roughly how long a run takes on one core if it never stops early: the `cost` of a sweep's `Experiment`.
+
+    At these sizes reading and writing takes as long as arithmetic, so the time grows with D + 32 rather than D^2.
+    """
+    layers = run.num_layers * _LAYER_US.get(run.mixer, _OTHER_LAYER_US)
+    retrieval = 0.0 if run.resona is None else len(run.resona["layers"]) * _RETRIEVAL_US
+    token_us = (layers + retrieval) * (run.d_model + 32) / 96
+    question_us = _ANSWER_US * (run.d_model + 50) / 114 * run.vocab_size / 8192
+    example_us = run.input_length * token_us + run.num_kv_pairs * question_us
+    return 1e-6 * run.max_epochs * run.num_train * example_us
+
+
+def _mixer_fields(mixer: str, options: dict[str, Any], input_length: int, num_layers: int) -> dict[str, Any]:
+    """mixer_args and layer_overrides of a run."""
+    if mixer != "baseconv":
+        return {"mixer_args": options, "layer_overrides": {}}
+    kernels = {str(layer): {"kernel_size": 3 if layer % 2 == 0 else -1} for layer in range(num_layers)}
+    return {"mixer_args": {"max_length": input_length, **options}, "layer_overrides": kernels}
+
+
+def _resona_layers(variant: str) -> list[int] | None:
+    """Layers that a variant names; None for the base."""
+    if variant == "base":
+        return None
+    layers = variant.removeprefix("resona").split("+")
+    if not variant.startswith("resona") or not all(layer.isdecimal() for layer in layers):
+        raise ValueError(f"a variant is 'base' or 'resona' and layers, such as 'resona0' or 'resona0+2', "
+                         f"got {variant!r}")
+    return [int(layer) for layer in layers]
+
+
+def _check_names(what: str, given: Mapping[str, Any], allowed: Any) -> None:
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{what} has an unknown name {name!r}{did_you_mean(name, allowed)}; "
+                             f"allowed: {', '.join(sorted(allowed))}")
