@@ -1,0 +1,139 @@
+"""Resona, Table 11 (best accuracy on MQAR), paper's values beside ours, with a verdict for each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from lrm_recall.figures.mqar_cells import mqar_cells
+from lrm_recall.figures.style import MODELS, mark
+from lrm_recall.figures.tables import NOTHING, markdown, mean_sd
+from lrm_recall.figures.verdicts import (
+    NOT_RUN,
+    PAPER_POSITIONS_A_PAIR,
+    VERDICTS,
+    base_verdict,
+    paper_scale_gaps,
+    resona_verdict,
+)
+from lrm_recall.paper import paper_values
+
+SCALES = ("paper", "toy")
+_PLACE = ["mixer", "length", "pairs", "d_model"]  # of a cell in the table, its variant left out
+_OURS = ["accuracy", "sd", "sequence_accuracy", "sequence_sd"]
+
+
+def mqar_table11(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Every cell of Table 11, and our cells of models that the paper does not have.
+
+    Args:
+        rows: result rows (`lrm_recall.results.load_profiles`).
+        profile: whose rows are ours.
+        resona: the Resona options that count as ours, see `mqar_cells`.
+
+    Returns:
+        mixer, model, variant ("base", "resona0", "resona2"), length, pairs, d_model; `paper`, the printed
+        accuracy; ours, in accuracy_paper, sd_paper ... where a cell was run at the paper's scale and in
+        accuracy_toy, sd_toy ... where it was not: the two never share a column (accuracy is per labelled
+        position, sequence_accuracy the whole output); seeds; scale, in words; verdict, empty for a cell that
+        the paper does not have.
+    """
+    cells = mqar_cells(rows, resona)
+    ours = cells[cells["profile"] == profile].drop(columns="profile")
+    table = _paper_cells().merge(ours, on=[*_PLACE, "variant"], how="outer")
+    gaps = [paper_scale_gaps(cell) if cell["seeds"] > 0 else [] for cell in table.to_dict("records")]
+    scale = ["" if not seeds > 0 else "toy" if gap else "paper"
+             for seeds, gap in zip(table["seeds"], gaps, strict=True)]
+    table = table.assign(scale_kind=scale, seeds=table["seeds"].fillna(0).astype(int),
+                         model=[mark(mixer).name for mixer in table["mixer"]])
+    table["scale"] = [_scale_words(cell, profile) for cell in table.to_dict("records")]
+    table["verdict"] = _verdicts(table)
+    for kind in SCALES:
+        for name in _OURS:
+            table[f"{name}_{kind}"] = table[name].where(table["scale_kind"] == kind)
+    table = table.assign(order=table["mixer"].map(list(MODELS).index))
+    table = table.sort_values(["order", "length", "d_model", "variant"]).reset_index(drop=True)
+    return table[["mixer", "model", "variant", "length", "pairs", "d_model", "paper",
+                  *(f"{name}_{kind}" for kind in SCALES for name in _OURS), "seeds", "scale", "verdict"]]
+
+
+def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
+    """How many of the paper's cells have each verdict, in the order of VERDICTS."""
+    counts = table["verdict"].value_counts()
+    return {verdict: int(counts.get(verdict, 0)) for verdict in VERDICTS}
+
+
+def results_table_markdown(table: pd.DataFrame) -> str:
+    """The cells that ran as markdown for a reader: one line a model, length and dimension; one table a scale.
+
+    Args:
+        table: what `mqar_table11` returns.
+    """
+    parts = []
+    for kind in SCALES:
+        ran = table[table[f"accuracy_{kind}"].notna()]
+        if len(ran):
+            scales = "; ".join(dict.fromkeys(ran["scale"]))
+            title = "At the paper's scale" if kind == "paper" else "At toy scale, not the paper's"
+            parts.append(f"{title} ({scales}):\n\n{markdown(_wide(ran, kind))}")
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in verdict_counts(table).items())
+    parts.append(f"Of the {int(table['paper'].notna().sum())} cells of Table 11: {counts}.")
+    return "\n\n".join(parts)
+
+
+def _paper_cells() -> pd.DataFrame:
+    """Table 11 as printed: _PLACE, variant, paper."""
+    mixer_of = {m.name: mixer for mixer, m in MODELS.items()}
+    values = paper_values("resona", 11)
+    return pd.DataFrame({
+        "mixer": values["model"].map(mixer_of), "variant": values["variant"], "length": values["L"],
+        "pairs": values["L"] // PAPER_POSITIONS_A_PAIR, "d_model": values["d_model"], "paper": values["value"]})
+
+
+def _scale_words(cell: Mapping[str, Any], profile: str) -> str:
+    """"laptop: 20,000 examples, at most 16 epochs, 2 learning rates", empty for a cell that did not run."""
+    if not cell["seeds"]:
+        return ""
+    rates = len(cell["learning_rates"])
+    return (f"{profile}: {int(cell['num_train']):,} examples, at most {int(cell['max_epochs'])} epochs, "
+            f"{rates} learning rate{'s' if rates > 1 else ''}")
+
+
+def _verdicts(table: pd.DataFrame) -> list[str]:
+    """The verdict of each line; a line with Resona is judged beside the base line of the same scale."""
+    base = table[table["variant"] == "base"].set_index([*_PLACE, "scale"])["accuracy"].dropna().to_dict()
+    paper_base = table[table["variant"] == "base"].set_index(_PLACE)["paper"].to_dict()
+    return [_verdict(cell, base, paper_base) for cell in table.to_dict("records")]
+
+
+def _verdict(cell: Mapping[str, Any], base: Mapping[tuple, float], paper_base: Mapping[tuple, float]) -> str:
+    if pd.isna(cell["paper"]):
+        return ""
+    if not cell["seeds"]:
+        return NOT_RUN
+    place = tuple(cell[name] for name in _PLACE)
+    at_paper_scale = cell["scale_kind"] == "paper"
+    if cell["variant"] == "base":
+        return base_verdict(cell["accuracy"], cell["paper"], pairs=cell["pairs"],
+                            at_paper_scale=at_paper_scale)
+    return resona_verdict(cell["accuracy"], cell["paper"], our_base=base.get((*place, cell["scale"])),
+                          paper_base=paper_base[place], at_paper_scale=at_paper_scale)
+
+
+def _wide(ran: pd.DataFrame, kind: str) -> pd.DataFrame:
+    """One line a place, for each variant the paper's value, ours and the verdict."""
+    places = ran[_PLACE].drop_duplicates()
+    wide = pd.DataFrame({"model": [mark(mixer).name for mixer in places["mixer"]],
+                         "L, pairs": [f"{p.length}, {p.pairs}" for p in places.itertuples()],
+                         "d_model": [str(d_model) for d_model in places["d_model"]]})
+    for variant in sorted(ran["variant"].unique()):
+        cells = places.merge(ran[ran["variant"] == variant], on=_PLACE, how="left")
+        title = variant if variant == "base" else f"+Resona {variant.removeprefix('resona')}"
+        wide[f"{title}: paper"] = [NOTHING if pd.isna(value) else f"{value:.3f}" for value in cells["paper"]]
+        wide[f"{title}: ours"] = [mean_sd(cell[f"accuracy_{kind}"], cell[f"sd_{kind}"], cell["seeds"])
+                                  for cell in cells.to_dict("records")]
+        wide[f"{title}: verdict"] = [verdict if isinstance(verdict, str) and verdict else NOTHING
+                                     for verdict in cells["verdict"]]
+    return wide
