@@ -9,14 +9,8 @@ B batch, T tokens, H heads, K key channels per head, V value channels per head
 C tokens in a chunk, N chunks, L tokens in a leaf (C = L * 2^levels), s tokens in half a block of one level
 S state [K, V]; G cumulative log decay within a chunk (section 4.2's log b), so G[i] - G[j] spans tokens j+1..i
 
-How the chunked form stays safe. Within a chunk, token i reads token j <= i with weight exp(G[i] - G[j]), and a matrix
-product needs that as (something of i) * (something of j). Split at a border m between them, both factors,
-exp(G[i] - G[m]) and exp(G[m] - G[j]), are at most 1, whatever the decay. So a chunk is built up by doubling: in every
-block of 2s tokens the later half reads the earlier half through the border between them, with sums of decays taken
-within each half alone (a difference of two long sums would lose its digits after one huge decay). It need not start
-from single tokens: while the decay over a leaf of L tokens stays above exp(-40), one product over the leaf cannot
-overflow. With the gates that GLA learns, the leaf is the whole chunk and no doubling is left to do. (The paper's
-secondary chunking materialises an [L, L, K] tensor on the diagonal instead.)
+How the chunked form stays safe for any decay is told in decay.py. (The paper's secondary chunking materialises an
+[L, L, K] tensor on the diagonal instead.)
 """
 
 from __future__ import annotations
@@ -25,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lrm_recall.ops.decay import decay_after, join_halves, leaf_size
 from lrm_recall.ops.scan import chunk_scan
-
-# Largest log decay over a leaf. exp(40) times any activation, and exp(-40) times any gradient, stays well within fp32.
-_LEAF_DECAY = 40.0
 
 
 def gla_recurrent(
@@ -40,26 +32,26 @@ def gla_recurrent(
     scale: float | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence token by token in fp32: the reference for every other form.
+    """The recurrence as it is written, in fp32: the reference for every other form.
 
     Args and returns as `gla_chunked`.
     """
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    B, T, H, K = q.shape
-    state = v.new_zeros(B, H, K, v.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    (B, T, H, K), out_dtype = q.shape, v.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    scale = K**-0.5 if scale is None else scale
+    q, k, v, decay = scale * q.to(dtype), k.to(dtype), v.to(dtype), log_decay.to(dtype).exp()
+    state = v.new_zeros(B, H, K, v.shape[-1]) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(T):
-        o, state = gla_step(
-            q[:, t].to(dtype), k[:, t].to(dtype), v[:, t].to(dtype), log_decay[:, t].to(dtype), state, scale=scale
-        )
-        outputs.append(o)
-    return torch.stack(outputs, dim=1).to(v.dtype), state  # [B, T, H, V]
+        state = decay[:, t, :, :, None] * state + k[:, t, :, :, None] * v[:, t, :, None, :]  # [B, H, K, V]
+        outputs.append((q[:, t, :, :, None] * state).sum(-2))  # [B, H, V]
+    return torch.stack(outputs, dim=1).to(out_dtype), state  # [B, T, H, V]
 
 
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One token.
+    """One token, for decoding.
 
     Args:
         q, k, log_decay: [B, H, K].
@@ -123,7 +115,7 @@ def gla_chunked(
     state = None
     if N > 1 or initial_state is not None or output_final_state:
         initial_state = v.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(dtype)
-        states = chunk_scan(decay.mT, writes.mT @ v, initial_state)  # [N+1, B, H, K, V]
+        states = chunk_scan(decay.mT, writes, v, initial_state)  # [N+1, B, H, K, V]
         o = o + reads @ states[:-1]
         state = states[-1]
 
@@ -141,16 +133,6 @@ def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) 
     return x.to(dtype).contiguous()
 
 
-@torch.no_grad()
-def _leaf_size(log_decay: Tensor) -> int:
-    """The most tokens, C halved until it fits, over which no channel decays by more than exp(-_LEAF_DECAY)."""
-    *lead, C, K = log_decay.shape
-    size = C
-    while size > 1 and log_decay.view(*lead, C // size, size, K).sum(-2).min() < -_LEAF_DECAY:
-        size //= 2
-    return size
-
-
 def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Everything a chunk can do without knowing the state before it.
 
@@ -164,7 +146,7 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
         decay [N, B, H, 1, K] of the state over the chunk, exp(G[C]).
     """
     lead, C = q.shape[:-2], q.shape[-2]
-    L = _leaf_size(log_decay)
+    L = leaf_size(log_decay)
     q, k, v, log_decay = (x.view(*lead, C // L, L, x.shape[-1]) for x in (q, k, v, log_decay))
 
     # `before`: log decay from the start of a token's block through the token; `after`: from behind it to the end.
@@ -181,15 +163,13 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
             decay = total.exp()
             return o.squeeze(-3), reads.squeeze(-3), (writes * decay).squeeze(-3), decay.squeeze(-3)
 
-    after = F.pad(log_decay[..., 1:, :], (0, 0, 0, 1)).flip(-2).cumsum(-2).flip(-2)  # [N, B, H, C/L, L, K]
+    after = decay_after(log_decay)  # [N, B, H, C/L, L, K]
     while (size := q.shape[-2]) < C:
         q, k, v, o, before, after, total = (
             x.unflatten(-3, (C // size // 2, 2)) for x in (q, k, v, o, before, after, total)
         )  # [N, B, H, C/2s, 2, s or 1, K or V]: an earlier and a later half for every block of 2s tokens
         scores = (q[..., 1, :, :] * before[..., 1, :, :].exp()) @ (k[..., 0, :, :] * after[..., 0, :, :].exp()).mT
         o = torch.stack((o[..., 0, :, :], o[..., 1, :, :] + scores @ v[..., 0, :, :]), -3)
-        before = torch.stack((before[..., 0, :, :], before[..., 1, :, :] + total[..., 0, :, :]), -3)
-        after = torch.stack((after[..., 0, :, :] + total[..., 1, :, :], after[..., 1, :, :]), -3)
-        total = total.sum(-3)  # [N, B, H, C/2s, 1, K]
-        q, k, v, o, before, after = (x.flatten(-3, -2) for x in (q, k, v, o, before, after))  # [N, B, H, C/2s, 2s, X]
+        q, k, v, o = (x.flatten(-3, -2) for x in (q, k, v, o))  # [N, B, H, C/2s, 2s, K or V]
+        before, after, total = join_halves(before, after, total)
     return tuple(x.squeeze(-3) for x in (o, q * before.exp(), k * after.exp(), total.exp()))

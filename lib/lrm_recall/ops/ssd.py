@@ -6,8 +6,12 @@
 train with (section 6); `ssd_step` decodes one token.
 
 B batch (where it is a size; the tensor B is named B too, as in the paper), T tokens, H heads, G groups of heads that
-share B and C, R heads in a group, P channels per head, N state channels, L tokens in a chunk, M chunks
-S state [P, N]
+share B and C, R heads in a group, P channels per head, N state channels
+L tokens in a chunk, M chunks, s tokens in a leaf or in half a block of one level
+S state [P, N]; between chunks [N, R*P] for each group, which makes one product of all its heads
+
+How the chunked form stays safe for any decay is told in decay.py. It has no [L, L] matrix per head, either: as C and
+B belong to a group and the decay to a head, decays go onto the rows of x and y, and C B^T serves all heads at once.
 """
 
 from __future__ import annotations
@@ -15,46 +19,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lrm_recall.ops.decay import decay_after, join_halves, leaf_size
 from lrm_recall.ops.scan import chunk_scan
-
-
-class _WithinChunks(torch.autograd.Function):
-    """y[i] = sum over j <= i of exp(log_decay[j+1] + ... + log_decay[i]) * scores[i, j] * written[j], in each chunk.
-
-    Each exponent is a sum of its own (the segment sum of section 6, listing 1). The backward pass is written out to
-    keep one [L, L] matrix per head instead of four.
-    """
-
-    @staticmethod
-    def forward(ctx, log_decay: Tensor, scores: Tensor, written: Tensor) -> Tensor:
-        """log_decay [B, M, H, L], scores [B, M, G, L, L], written [B, M, H, L, P] to y [B, M, H, L, P]."""
-        L = log_decay.shape[-1]
-        below = log_decay.new_ones(L, L).tril_(-1)
-        decay = (log_decay.unsqueeze(-1) * below).cumsum_(-2).exp_()  # [B, M, H, L, L], 1 above the diagonal
-        scores, written = scores.tril(), written.contiguous()
-        ctx.save_for_backward(decay, scores, written)
-        return _per_head(decay, scores).flatten(2, 3) @ written
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        decay, scores, written = ctx.saved_tensors
-        grad = grad.contiguous()
-        grad_written = _per_head(decay, scores).flatten(2, 3).mT @ grad
-        grad_decay = (grad @ written.mT).mul_(decay)  # [B, M, H, L, L], times the decay: what exp passes on
-        grouped = grad_decay.unflatten(2, (scores.shape[2], -1))  # [B, M, G, R, L, L]
-        grad_scores = grouped.sum(3).tril_()
-        grouped.mul_(scores.tril(-1).unsqueeze(3))
-        # Exponent (i, j) holds the tokens j+1..i, so token l gets the sum over i >= l > j.
-        grad_log_decay = (grad_decay.sum(-1) - grad_decay.sum(-2)).flip(-1).cumsum(-1).flip(-1)
-        return grad_log_decay, grad_scores, grad_written
-
-
-def _per_head(decay: Tensor, scores: Tensor) -> Tensor:
-    """decay [B, M, H, L, L] times the scores [B, M, G, L, L] of each head's group: [B, M, G, R, L, L]."""
-    return decay.unflatten(2, (scores.shape[2], -1)) * scores.unsqueeze(3)
 
 
 def ssd_recurrent(
@@ -67,24 +34,30 @@ def ssd_recurrent(
     *,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence token by token in fp32: the reference for every other form.
+    """The recurrence as it is written, in fp32: the reference for every other form.
 
     Args and returns as `ssd_chunked`.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, T, H, P = x.shape
-    state = x.new_zeros(batch, H, P, B.shape[-1], dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    (batch, T, H, P), (G, N), out_dtype = x.shape, B.shape[-2:], x.dtype
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    x, dt, A, B, C = (y.to(dtype) for y in (x, dt, A, B, C))
+    B, C = B.repeat_interleave(H // G, dim=2), C.repeat_interleave(H // G, dim=2)  # [B, T, H, N]
+    decay, written = (dt * A).exp(), dt.unsqueeze(-1) * x  # [B, T, H], [B, T, H, P]
+    state = x.new_zeros(batch, H, P, N) if initial_state is None else initial_state.to(dtype)
     outputs = []
     for t in range(T):
-        y, state = ssd_step(x[:, t].to(dtype), dt[:, t], A, B[:, t], C[:, t], D, state)
-        outputs.append(y)
-    return torch.stack(outputs, dim=1).to(x.dtype), state  # [B, T, H, P]
+        state = decay[:, t, :, None, None] * state + written[:, t, :, :, None] * B[:, t, :, None, :]  # [B, H, P, N]
+        outputs.append((state * C[:, t, :, None, :]).sum(-1))  # [B, H, P]
+    y = torch.stack(outputs, dim=1)  # [B, T, H, P]
+    if D is not None:
+        y = y + D.to(dtype).unsqueeze(-1) * x
+    return y.to(out_dtype), state
 
 
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token.
+    """One token, for decoding.
 
     Args:
         x: [B, H, P].
@@ -130,7 +103,7 @@ def ssd_chunked(
         B, C: [B, T, G, N], G dividing H.
         D: [H], the skip connection, or None.
         initial_state: [B, H, P, N]; zeros by default.
-        chunk_size: most tokens in a chunk.
+        chunk_size: most tokens in a chunk, a power of two.
         output_final_state: False saves the work for a state that nobody reads.
 
     Returns:
@@ -138,49 +111,44 @@ def ssd_chunked(
         None if it was not asked for. Differentiable once in every tensor argument.
 
     Raises:
-        ValueError: chunk_size is not positive, or the groups do not divide the heads.
+        ValueError: chunk_size is not a power of two, or the groups do not divide the heads.
     """
-    batch, T, H, P = x.shape
-    G, N = B.shape[-2:]
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    (batch, T, H, P), (G, N), out_dtype = x.shape, B.shape[-2:], x.dtype
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     if H % G:
         raise ValueError(f"the groups of B and C must divide the heads: got {G} groups, {H} heads")
-    dtype, R = torch.promote_types(x.dtype, torch.float32), H // G
-    L = min(chunk_size, T)
+    dtype = torch.promote_types(out_dtype, torch.float32)
+    L = min(chunk_size, 1 << (T - 1).bit_length())
     M = -(-T // L)
-    R = H // G
-    L = min(chunk_size, T)
-    M = -(-T // L)
-    skip, dtype = x, torch.promote_types(x.dtype, torch.float32)
     # The end of the last chunk is filled with dt = 0, which neither decays the state nor adds to it.
     x, dt, B, C = (_to_chunks(y, M, L, dtype) for y in (x, dt, B, C))  # [B, M, L, H or G, ...]
-    log_decay = (dt * A.to(dtype)).transpose(2, 3).contiguous()  # [B, M, H, L]
-    written = x * dt.unsqueeze(-1)  # [B, M, L, H, P]
     B, C = B.transpose(2, 3), C.transpose(2, 3)  # [B, M, G, L, N]
-    y = _WithinChunks.apply(log_decay, C @ B.mT, written.transpose(2, 3)).transpose(2, 3)  # [B, M, L, H, P]
+    log_decay = dt * A.to(dtype)  # [B, M, L, H]
+    size = leaf_size(log_decay)
+    if size == L > 1:
+        raw, base, reads, values, decay = _one_leaf(x, dt, B, C, log_decay)
+    else:
+        raw, base, reads, values, decay = _doubling(x, dt, B, C, log_decay, size)
 
     state = None
     if M > 1 or initial_state is not None or output_final_state:
         if initial_state is None:
             initial_state = x.new_zeros(batch, H, P, N)
-        # Decay from behind a token to the chunk's end: a sum of its own, as a difference of long sums loses digits.
-        to_end = F.pad(log_decay[..., 1:], (0, 1)).flip(-1).cumsum(-1).flip(-1).exp()  # [B, M, H, L]
-        from_start = log_decay.cumsum(-1).exp()  # [B, M, H, L]
-        written = written * to_end.transpose(2, 3).unsqueeze(-1)  # [B, M, L, H, P]
-        written = written.view(batch, M, L, G, R * P).transpose(2, 3)  # [B, M, G, L, R*P]
-        update = (written.mT @ B).view(batch, M, H, P, N)
-        over_chunk = from_start[..., -1, None, None]  # [B, M, H, 1, 1]
-        states = chunk_scan(over_chunk.transpose(0, 1), update.transpose(0, 1), initial_state.to(dtype))
-        state = states[-1]  # [B, H, P, N]
-        before = states[:-1].transpose(0, 1).reshape(batch, M, G, R * P, N)
-        read = (C @ before.mT).transpose(2, 3).reshape(batch, M, L, H, P)
-        y = torch.addcmul(y, read, from_start.transpose(2, 3).unsqueeze(-1))
-
-    y = y.reshape(batch, M * L, H, P)[:, :T]
+        initial_state = initial_state.to(dtype).view(batch, G, -1, N).mT  # [B, G, N, R*P]
+        decay = decay.expand(batch, M, H, P).reshape(batch, M, G, 1, -1)  # [B, M, G, 1, R*P]
+        states = chunk_scan(decay.transpose(0, 1), B.transpose(0, 1), values.transpose(0, 1), initial_state)
+        state = states[-1].mT.reshape(batch, H, P, N)
+        read = C @ states[:-1].transpose(0, 1)  # [B, M, G, L, R*P]
+        raw = read if raw is None else raw.add_(read)
+    y = base
+    if raw is not None:
+        y = raw.transpose(2, 3).reshape(x.shape) * reads  # [B, M, L, H, P]
+        y = y if base is None else y.add_(base)
     if D is not None:
-        y = torch.addcmul(y, skip.to(dtype), D.to(dtype).unsqueeze(-1))
-    return y.to(skip.dtype), state if output_final_state else None
+        y = y.addcmul_(x, D.to(dtype).unsqueeze(-1))
+    y = y.reshape(batch, M * L, H, P)[:, :T].to(out_dtype)
+    return y, state if output_final_state else None
 
 
 def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
@@ -189,3 +157,18 @@ def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) 
     if missing:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, missing))  # [B, M*L, ...]
     return x.unflatten(1, (num_chunks, chunk_size)).to(dtype)
+
+
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """[..., s, H, P] to [..., G, s, R*P]: all heads of a group side by side."""
+    *lead, s, H, P = x.shape
+    return x.reshape(*lead, s, groups, H * P // groups).transpose(-3, -2)
+
+
+def _by_head(y: Tensor, heads: int) -> Tensor:
+    """[..., G, s, R*P] back to [..., s, H, P]."""
+    y = y.transpose(-3, -2)  # [..., s, G, R*P]
+    return y.reshape(*y.shape[:-2], heads, -1)
+
+
+Parts = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
