@@ -80,7 +80,7 @@ def test_padding_told_by_the_mask_alone(mixer):
     assert_close(mixer(x, Context(mask=mask))[0, 6:], mixer(x[:1, 6:])[0])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(name=st.sampled_from(list(MIXERS)), T=st.integers(1, 140), seed=st.integers(0, 100), where=st.floats(0, 1))
 def test_no_output_depends_on_a_later_input(name, T, seed, where):
     mixer, t = make(name, seed), int(where * (T - 1))
@@ -153,6 +153,7 @@ def test_bfloat16(mixer):
         ("mamba2", {"head_dim": 64}, "head_dim=64"),
         ("mamba2", {"head_dim": 16, "n_groups": 3}, "n_groups must divide the 2 heads, got 3"),
         ("mamba2", {"head_dim": 16, "state_size": 0}, "state_size must be at least 1, got 0"),
+        ("mamba2", {"head_dim": 16, "chunk_size": 48}, "chunk_size must be a power of two, got 48"),
         ("mamba2", {"head_dim": 16, "time_step_min": 0.2}, "got 0.2, 0.1 and 0.0001"),
         ("baseconv", {"kernel_size": 0}, "kernel_size must be at least 1, or -1 for a long convolution, got 0"),
         ("baseconv", {"max_length": 0}, "max_length must be at least 1, got 0"),

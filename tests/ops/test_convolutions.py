@@ -69,15 +69,17 @@ def test_long_conv_at_its_default_block_size():
 
 @pytest.mark.parametrize("N", [0, 1, 5])
 def test_chunk_scan_is_its_loop(N):
-    decay, update, state = torch.rand(N, 2, 3, 1), torch.randn(N, 2, 3, 4), torch.randn(2, 3, 4)
-    states = chunk_scan(decay, update, state)
+    decay, state = torch.rand(N, 2, 3, 1), torch.randn(2, 3, 4)
+    writes, values = torch.randn(N, 2, 6, 3), torch.randn(2, N, 6, 4).transpose(0, 1)
+    states = chunk_scan(decay, writes, values, state)
     assert states.shape == (N + 1, 2, 3, 4)
     assert torch.equal(states[0], state)
     for n in range(N):
-        state = decay[n] * state + update[n]
+        state = decay[n] * state + writes[n].mT @ values[n]
         assert_close(states[n + 1], state)
 
 
 def test_chunk_scan_gradients():
-    inputs = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 2, 1), (3, 2, 4), (2, 4))]
+    shapes = ((3, 2, 1, 4), (3, 2, 5, 2), (3, 2, 5, 4), (2, 2, 4))
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(chunk_scan, inputs)

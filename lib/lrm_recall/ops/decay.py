@@ -4,10 +4,12 @@ Within a chunk, token i reads token j <= i with weight exp(d[j+1] + ... + d[i]),
 product needs that as (something of i) * (something of j). Split at a border m between them, both factors, the decay
 over j+1..m and that over m+1..i, are at most 1, whatever the decay. So a chunk is built up by doubling: in every block
 of 2s tokens the later half reads the earlier half through the border between them, with sums of decays taken within
-each half alone (a difference of two long sums would lose its digits after one huge decay). It need not start from
-single tokens: while the decay over a leaf of L tokens stays above exp(-40), one product over the leaf, with factors
-exp(d[1] + ... + d[i]) and exp(-d[1] - ... - d[j]), cannot overflow. With the decays that models learn the leaf is
-nearly always the whole chunk, and no doubling is left to do.
+each half alone (a difference of two long sums would lose its digits after one huge decay).
+
+It need not start from single tokens. A leaf is a block whose whole decay is short enough for one product: with factors
+exp(G[i]) and exp(-G[j]), G[i] = d[1] + ... + d[i], while they stay below exp(40), or centred on half the leaf's decay,
+exp(G[i] - c) and exp(c - G[j]), which reaches twice as far. With the decays that models start from, and most that they
+learn, the leaf is the whole chunk, and no doubling is left to do.
 """
 
 from __future__ import annotations
@@ -17,21 +19,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # exp(40) times any activation, and exp(-40) times any gradient, stays well within fp32.
-_LEAF_DECAY = 40.0
+PLAIN_LEAF, CENTRED_LEAF = -40.0, -80.0
 
 
 @torch.no_grad()
-def leaf_size(log_decay: Tensor) -> int:
-    """The most tokens, the chunk halved until it fits, over which nothing decays by more than exp(-_LEAF_DECAY).
+def leaf_size(log_decay: Tensor, least: float) -> int:
+    """The most tokens, the chunk halved until it fits, over which no log decay adds up to less than `least`.
 
     Args:
         log_decay: [..., C, K], C tokens in a chunk, a power of two.
     """
     C = log_decay.shape[-2]
     size = C
-    while size > 1 and log_decay.unflatten(-2, (C // size, size)).sum(-2).min() < -_LEAF_DECAY:
+    while size > 1 and log_decay.unflatten(-2, (C // size, size)).sum(-2).min() < least:
         size //= 2
     return size
+
+
+def centred(before: Tensor) -> Tensor:
+    """G - c over a leaf [..., s, K], without its first decay, which no weight within crosses and which may be huge.
+
+    c changes no result, so it takes no gradient: rounding would let the gradient reach tokens of the future.
+    """
+    before = before - before[..., :1, :]
+    return before - before[..., -1:, :].detach() / 2
 
 
 def decay_after(log_decay: Tensor) -> Tensor:

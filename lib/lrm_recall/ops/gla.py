@@ -6,7 +6,7 @@
 train with; `gla_step` decodes one token.
 
 B batch, T tokens, H heads, K key channels per head, V value channels per head
-C tokens in a chunk, N chunks, L tokens in a leaf (C = L * 2^levels), s tokens in half a block of one level
+C tokens in a chunk, N chunks, n blocks of s tokens that a chunk is built up from
 S state [K, V]; G cumulative log decay within a chunk (section 4.2's log b), so G[i] - G[j] spans tokens j+1..i
 
 How the chunked form stays safe for any decay is told in decay.py. (The paper's secondary chunking materialises an
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrm_recall.ops.decay import decay_after, join_halves, leaf_size
+from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
 from lrm_recall.ops.scan import chunk_scan
 
 
@@ -145,31 +145,31 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
         writes [N, B, H, C, K], the keys as they reach the state after it, k[j] exp(G[C] - G[j]);
         decay [N, B, H, 1, K] of the state over the chunk, exp(G[C]).
     """
-    lead, C = q.shape[:-2], q.shape[-2]
-    L = leaf_size(log_decay)
-    q, k, v, log_decay = (x.view(*lead, C // L, L, x.shape[-1]) for x in (q, k, v, log_decay))
+    C = q.shape[-2]
+    if leaf_size(log_decay, PLAIN_LEAF) == C > 1:
+        before = log_decay.cumsum(-2)  # [N, B, H, C, K]: log decay from the chunk's start through the token
+        o, reads, writes = _leaves(q, k, v, before)
+        decay = before[..., -1:, :].exp()  # [N, B, H, 1, K]
+        return o, reads, writes * decay, decay
 
-    # `before`: log decay from the start of a token's block through the token; `after`: from behind it to the end.
-    before = log_decay.cumsum(-2)  # [N, B, H, C/L, L, K]
-    total = before[..., -1:, :]  # [N, B, H, C/L, 1, K]
-    if L == 1:
-        o = (q * k).sum(-1, keepdim=True) * v
-    else:
-        reads = q * before.exp()
-        writes = k * (-before).exp()
-        causal = q.new_ones(L, L).tril_()
-        o = (reads @ writes.mT).mul_(causal) @ v  # [N, B, H, C/L, L, V]
-        if L == C:
-            decay = total.exp()
-            return o.squeeze(-3), reads.squeeze(-3), (writes * decay).squeeze(-3), decay.squeeze(-3)
-
-    after = decay_after(log_decay)  # [N, B, H, C/L, L, K]
-    while (size := q.shape[-2]) < C:
+    size = leaf_size(log_decay, CENTRED_LEAF)
+    q, k, v, log_decay = (x.unflatten(-2, (C // size, size)) for x in (q, k, v, log_decay))  # [N, B, H, n, s, K or V]
+    before, after = log_decay.cumsum(-2), decay_after(log_decay)  # [N, B, H, n, s, K]
+    total = before[..., -1:, :]  # [N, B, H, n, 1, K]
+    o, _, _ = _leaves(q, k, v, centred(before))
+    while q.shape[-2] < C:
         q, k, v, o, before, after, total = (
-            x.unflatten(-3, (C // size // 2, 2)) for x in (q, k, v, o, before, after, total)
-        )  # [N, B, H, C/2s, 2, s or 1, K or V]: an earlier and a later half for every block of 2s tokens
+            x.unflatten(-3, (-1, 2)) for x in (q, k, v, o, before, after, total)
+        )  # [N, B, H, n/2, 2, s or 1, K or V]: an earlier and a later half for every block of 2s tokens
         scores = (q[..., 1, :, :] * before[..., 1, :, :].exp()) @ (k[..., 0, :, :] * after[..., 0, :, :].exp()).mT
         o = torch.stack((o[..., 0, :, :], o[..., 1, :, :] + scores @ v[..., 0, :, :]), -3)
-        q, k, v, o = (x.flatten(-3, -2) for x in (q, k, v, o))  # [N, B, H, C/2s, 2s, K or V]
+        q, k, v, o = (x.flatten(-3, -2) for x in (q, k, v, o))  # [N, B, H, n/2, 2s, K or V]
         before, after, total = join_halves(before, after, total)
     return tuple(x.squeeze(-3) for x in (o, q * before.exp(), k * after.exp(), total.exp()))
+
+
+def _leaves(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks whose decay fits into one product: o [..., s, V], q exp(before) and k exp(-before) [..., s, K]."""
+    reads, writes = q * before.exp(), k * (-before).exp()
+    causal = q.new_ones(q.shape[-2], q.shape[-2]).tril_()
+    return (reads @ writes.mT).mul_(causal) @ v, reads, writes

@@ -7,7 +7,7 @@ train with (section 6); `ssd_step` decodes one token.
 
 B batch (where it is a size; the tensor B is named B too, as in the paper), T tokens, H heads, G groups of heads that
 share B and C, R heads in a group, P channels per head, N state channels
-L tokens in a chunk, M chunks, s tokens in a leaf or in half a block of one level
+L tokens in a chunk, M chunks, n blocks of s tokens that a chunk is built up from
 S state [P, N]; between chunks [N, R*P] for each group, which makes one product of all its heads
 
 How the chunked form stays safe for any decay is told in decay.py. It has no [L, L] matrix per head, either: as C and
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrm_recall.ops.decay import decay_after, join_halves, leaf_size
+from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
 from lrm_recall.ops.scan import chunk_scan
 
 
@@ -123,28 +123,35 @@ def ssd_chunked(
     M = -(-T // L)
     # The end of the last chunk is filled with dt = 0, which neither decays the state nor adds to it.
     x, dt, B, C = (_to_chunks(y, M, L, dtype) for y in (x, dt, B, C))  # [B, M, L, H or G, ...]
-    B, C = B.transpose(2, 3), C.transpose(2, 3)  # [B, M, G, L, N]
     log_decay = dt * A.to(dtype)  # [B, M, L, H]
-    size = leaf_size(log_decay)
-    if size == L > 1:
-        raw, base, reads, values, decay = _one_leaf(x, dt, B, C, log_decay)
+    whole = leaf_size(log_decay, PLAIN_LEAF) == L > 1
+    if whole:
+        before = log_decay.cumsum(2)  # [B, M, L, H]: log decay from the chunk's start through the token
+        within, rows = _leaves(x, dt, B, C, before)  # [B, M, G, L, R*P], yet to be multiplied by exp(before)
     else:
-        raw, base, reads, values, decay = _doubling(x, dt, B, C, log_decay, size)
+        within, rows, before = _doubling(x, dt, B, C, log_decay)
+    reads = before.exp().unsqueeze(-1)  # [B, M, L, H, 1]: what is left of the state before the chunk
 
-    state = None
+    state, read = None, None
     if M > 1 or initial_state is not None or output_final_state:
+        decay = _by_group(reads[:, :, -1:].expand(batch, M, 1, H, P), G)  # [B, M, G, 1, R*P]
+        if whole:
+            rows = rows * decay  # from the chunk's start to its end
         if initial_state is None:
             initial_state = x.new_zeros(batch, H, P, N)
-        initial_state = initial_state.to(dtype).view(batch, G, -1, N).mT  # [B, G, N, R*P]
-        decay = decay.expand(batch, M, H, P).reshape(batch, M, G, 1, -1)  # [B, M, G, 1, R*P]
-        states = chunk_scan(decay.transpose(0, 1), B.transpose(0, 1), values.transpose(0, 1), initial_state)
+        states = chunk_scan(
+            decay.transpose(0, 1),
+            B.permute(1, 0, 3, 2, 4),  # [M, B, G, L, N]
+            rows.transpose(0, 1),
+            initial_state.to(dtype).reshape(batch, G, -1, N).mT,  # [B, G, N, R*P]
+        )  # [M+1, B, G, N, R*P]
         state = states[-1].mT.reshape(batch, H, P, N)
-        read = C @ states[:-1].transpose(0, 1)  # [B, M, G, L, R*P]
-        raw = read if raw is None else raw.add_(read)
-    y = base
-    if raw is not None:
-        y = raw.transpose(2, 3).reshape(x.shape) * reads  # [B, M, L, H, P]
-        y = y if base is None else y.add_(base)
+        read = C.transpose(2, 3) @ states[:-1].transpose(0, 1)  # [B, M, G, L, R*P]
+
+    if whole:
+        y = _by_head(within if read is None else within.add_(read), H) * reads  # [B, M, L, H, P]
+    else:
+        y = within if read is None else torch.addcmul(within, _by_head(read, H), reads)
     if D is not None:
         y = y.addcmul_(x, D.to(dtype).unsqueeze(-1))
     y = y.reshape(batch, M * L, H, P)[:, :T].to(out_dtype)
@@ -161,14 +168,57 @@ def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
     """[..., s, H, P] to [..., G, s, R*P]: all heads of a group side by side."""
-    *lead, s, H, P = x.shape
-    return x.reshape(*lead, s, groups, H * P // groups).transpose(-3, -2)
+    *lead, H, P = x.shape
+    return x.reshape(*lead, groups, H // groups * P).transpose(-3, -2)
 
 
 def _by_head(y: Tensor, heads: int) -> Tensor:
-    """[..., G, s, R*P] back to [..., s, H, P]."""
+    """[..., G, s, R*P] to [..., s, H, P]."""
     y = y.transpose(-3, -2)  # [..., s, G, R*P]
     return y.reshape(*y.shape[:-2], heads, -1)
 
 
-Parts = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
+def _leaves(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks whose decay fits into one product.
+
+    Args:
+        x: [..., s, H, P]. dt, before: [..., s, H]. B, C: [..., s, G, N].
+
+    Returns:
+        [..., G, s, R*P] the outputs, yet to be multiplied by exp(before), and the rows dt x exp(-before).
+    """
+    s, G = B.shape[-3:-1]
+    rows = _by_group(x * (dt * (-before).exp()).unsqueeze(-1), G)  # [..., G, s, R*P]
+    scores = C.transpose(-3, -2) @ B.transpose(-3, -2).mT  # [..., G, s, s]
+    return scores.mul_(scores.new_ones(s, s).tril_()) @ rows, rows
+
+
+def _doubling(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks out of leaves.
+
+    Args:
+        x: [B, M, L, H, P]. dt, log_decay: [B, M, L, H]. B, C: [B, M, L, G, N].
+
+    Returns:
+        [B, M, L, H, P] the outputs from a state of zeros; [B, M, G, L, R*P] the rows dt x as they reach the chunk's
+        end; [B, M, L, H] the log decay from the chunk's start through the token.
+    """
+    L, H, G = *x.shape[2:4], B.shape[-2]
+    size = leaf_size(log_decay, CENTRED_LEAF)
+    x, dt, B, C, log_decay = (z.unflatten(2, (L // size, size)) for z in (x, dt, B, C, log_decay))  # [B, M, n, s, ...]
+    before, after = log_decay.cumsum(-2), decay_after(log_decay)  # [B, M, n, s, H]
+    total = before[..., -1:, :]  # [B, M, n, 1, H]
+    inner = centred(before)
+    y = _by_head(_leaves(x, dt, B, C, inner)[0], H) * inner.exp().unsqueeze(-1)  # [B, M, n, s, H, P]
+    while x.shape[3] < L:
+        x, dt, B, C, y, before, after, total = (
+            z.unflatten(2, (-1, 2)) for z in (x, dt, B, C, y, before, after, total)
+        )  # [B, M, n/2, 2, s, ...]: an earlier and a later half for every block of 2s tokens
+        rows = _by_group(x[:, :, :, 0] * (dt[:, :, :, 0] * after[:, :, :, 0].exp()).unsqueeze(-1), G)
+        scores = C[:, :, :, 1].transpose(-3, -2) @ B[:, :, :, 0].transpose(-3, -2).mT  # [B, M, n/2, G, s, s]
+        seen = _by_head(scores @ rows, H)  # [B, M, n/2, s, H, P]
+        y = torch.stack((y[:, :, :, 0], torch.addcmul(y[:, :, :, 1], seen, before[:, :, :, 1].exp().unsqueeze(-1))), 3)
+        x, dt, B, C, y = (z.flatten(3, 4) for z in (x, dt, B, C, y))  # [B, M, n/2, 2s, ...]
+        before, after, total = join_halves(before, after, total)
+    x, dt, y, before, after = (z.squeeze(2) for z in (x, dt, y, before, after))
+    return y, _by_group(x * (dt * after.exp()).unsqueeze(-1), G), before
