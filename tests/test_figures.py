@@ -129,7 +129,7 @@ def test_no_rows_and_foreign_rows():
 def cell_at_paper_scale(**changes):
     return {"variant": "resona0", "num_layers": 4, "vocab_size": 8192, "length": 128, "pairs": 8,
             "num_train": 20_000, "num_test": 1_000, "max_epochs": 64, "chunk_size": 2, "top_k": 1,
-            "learning_rates": PAPER_LEARNING_RATES} | changes
+            "learning_rates": PAPER_LEARNING_RATES, "accuracy": 0.5} | changes
 
 
 def test_paper_scale_is_met_by_at_least_the_papers_budget():
@@ -137,6 +137,7 @@ def test_paper_scale_is_met_by_at_least_the_papers_budget():
     assert paper_scale_gaps(cell_at_paper_scale(num_train=100_000, num_test=3_000, max_epochs=100)) == []
     assert paper_scale_gaps(cell_at_paper_scale(variant="base", chunk_size=float("nan"), top_k=float("nan"))) == []
     assert paper_scale_gaps(cell_at_paper_scale(learning_rates=(1e-4, 4.64e-4, 2.15e-3, 1e-2, 3e-2))) == []
+    assert paper_scale_gaps(cell_at_paper_scale(learning_rates=(1e-4,), accuracy=0.995)) == []  # nothing to gain
 
 
 @pytest.mark.parametrize(("field", "value"), [
@@ -227,7 +228,7 @@ def test_markdown_shows_paper_ours_spread_and_counts():
     text = results_table_markdown(mqar_table11(frame(grid(seeds=(0, 1))), "laptop", RESONA))
     assert "| BaseConv | 64, 4 | 32 | 0.401 | 0.400 ± 0.000 | trend only | 1.000 | 0.999 ± 0.000 |" in text
     assert "| Transformer | 64, 4 | 32 | – | 0.400 ± 0.000 | – |" in text
-    assert "laptop: 20,000 examples, at most 16 epochs, 1 learning rate" in text
+    assert "(laptop: 20,000 examples, at most 16 epochs)" in text
     assert text.endswith("264 not run.")
 
 
@@ -364,3 +365,12 @@ def test_state_tells_base_from_resona_by_fill():
     (axes,) = mqar_state(frame([row(), row(layers=[0], accuracy=1.0)]), "laptop").axes
     fills = {float(line.get_ydata()[0]): line.get_markerfacecolor() for line in axes.lines}
     assert fills == {0.5: "none", 1.0: MODELS["baseconv"].colour}
+
+
+def test_a_solved_model_is_judged_beside_a_base_that_needed_more_rates():
+    rows = frame([row(accuracy=0.2, valid=0.2, learning_rate=0.01), row(accuracy=0.3, valid=0.3, learning_rate=0.003),
+                  row(layers=[0], accuracy=1.0, learning_rate=0.01)])
+    table = mqar_table11(rows, "laptop", RESONA)
+    ran = table[table["accuracy_toy"].notna()].set_index("variant")
+    assert ran.loc["base", "accuracy_toy"] == 0.3
+    assert ran.loc["resona0", "verdict"] == TREND_ONLY

@@ -93,12 +93,13 @@ def _paper_cells() -> pd.DataFrame:
 
 
 def _scale_words(cell: Mapping[str, Any], profile: str) -> str:
-    """"laptop: 20,000 examples, at most 16 epochs, 2 learning rates", empty for a cell that did not run."""
+    """"laptop: 20,000 examples, at most 16 epochs", empty for a cell that did not run.
+
+    How many learning rates were tried is no part of it: a model that is solved at the first is not trained again.
+    """
     if not cell["seeds"]:
         return ""
-    rates = len(cell["learning_rates"])
-    return (f"{profile}: {int(cell['num_train']):,} examples, at most {int(cell['max_epochs'])} epochs, "
-            f"{rates} learning rate{'s' if rates > 1 else ''}")
+    return f"{profile}: {int(cell['num_train']):,} examples, at most {int(cell['max_epochs'])} epochs"
 
 
 def _verdicts(table: pd.DataFrame) -> list[str]:

@@ -30,7 +30,7 @@ class Mamba2(Mixer):
         head_dim: P; the heads are then E / P.
         n_groups: G.
         conv_kernel: W.
-        chunk_size: tokens in a chunk of the recurrence's matrix form; no effect on the result.
+        chunk_size: tokens in a chunk of the recurrence's matrix form, a power of two; no effect on the result.
         use_bias: biases on in_proj and out_proj.
         use_conv_bias: bias on the convolution.
         layer_norm_epsilon: of the gated RMSNorm before out_proj.
