@@ -23,6 +23,7 @@ SMALL_ARGS = {
 SMALL_OVERRIDES = {"baseconv": {"1": {"kernel_size": -1, "max_length": 128}}}  # a short and a long convolution
 RESONA = {
     "none": None,
+    "default": {"layers": [0], "chunk_size": 2},  # place, null_chunk, top-1: as in the results
     "mean": {"layers": [0, 1], "chunk_size": 3, "encoder": "mean"},
     "linear": {"layers": [1], "chunk_size": 2, "top_k": 2, "encoder": "linear", "alpha": "learned", "num_heads": 2},
     "no gate": {"layers": [0], "chunk_size": 2, "top_k": 2, "encoder": "place", "gate": "none", "memory_norm": False},

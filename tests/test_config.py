@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from lrm_recall import RecurrentLM, RecurrentLMConfig
 
@@ -14,7 +15,7 @@ from lrm_recall import RecurrentLM, RecurrentLMConfig
         ({"mixer_args": {"heads": 2}}, "mixer 'gla' has no option 'heads'"),
         ({"mixer_args": {"num_heads": "2"}}, "'num_heads' must be int, got '2'"),
         ({"mixer_args": {"expand_k": "1e-3"}}, "'expand_k' must be float, got '1e-3'"),
-        ({"layer_overrides": {"4": {"num_heads": 1}}}, "layer_overrides names layer '4'; this model has layers 0 to 3"),
+        ({"layer_overrides": {"4": {"num_heads": 1}}}, "layer_overrides names layer 4; this model has layers 0 to 3"),
         ({"layer_overrides": {"0": {"head": 1}}}, "layer_overrides of layer 0.* has no option 'head'"),
         ({"resona": {"layers": [4]}}, "resona names layer 4; this model has layers 0 to 3"),
         ({"resona": {"layers": [-1]}}, "resona names layer -1"),
@@ -30,7 +31,7 @@ from lrm_recall import RecurrentLM, RecurrentLMConfig
     ],
 )
 def test_clear_error(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message):
         RecurrentLMConfig(**fields)
 
 
@@ -55,5 +56,37 @@ def test_a_checkpoint_whose_tensors_do_not_fit(tmp_path):
     small = RecurrentLMConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, mixer_args={"num_heads": 2})
     RecurrentLM(small).save_pretrained(tmp_path)
     RecurrentLMConfig(**{**small.to_dict(), "hidden_size": 32}).save_pretrained(tmp_path)
-    with pytest.raises(Exception, match="(?i)size|shape"):
+    with pytest.raises(RuntimeError, match="mismatched_sizes"):
         RecurrentLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"norm_eps": "1e-3"}, "norm_eps must be float, got '1e-3'"), ({"vocab_size": "50"}, "vocab_size must be int"),
+     ({"hidden_size": "1e2"}, "hidden_size must be int"), ({"mixer": 3}, "mixer must be str, got 3"),
+     ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be bool"), ({"mixer_args": [1]}, "mixer_args must be"),
+     ({"layer_overrides": {"0": 3}}, "layer_overrides must be"), ({"layer_overrides": {"01": {}}}, "names layer '01'"),
+     ({"layer_overrides": {"²": {}}}, "names layer '²'"), ({"resona": {"layers": ["0"]}}, "resona names layer '0'"),
+     ({"resona": {"layers": [True]}}, "resona names layer True"),
+     ({"resona": {"layers": [0, 0]}}, "names a layer twice"),
+     ({"mixer": "mamba2", "mixer_args": {"chunk_size": 48}}, "chunk_size must be a power of two, got 48")],
+)
+def test_types_and_keys_are_checked_before_anything_is_built(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentLMConfig(**fields)
+
+
+def test_tensors_of_another_architecture_are_not_filled_up_at_random(tmp_path):
+    theirs = Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=8, n_groups=1, vocab_size=16,
+                          num_hidden_layers=1)
+    Mamba2ForCausalLM(theirs).save_pretrained(tmp_path)
+    ours = RecurrentLMConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, mixer="mamba2", mlp="none",
+                             mixer_args={"head_dim": 8, "state_size": 8})
+    with pytest.raises(ValueError, match="lacks .* tensors of this model"):
+        RecurrentLM.from_pretrained(tmp_path, config=ours)
+
+
+def test_auto_classes_know_the_architecture(tmp_path):
+    small = RecurrentLMConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1, mixer_args={"num_heads": 2})
+    RecurrentLM(small).save_pretrained(tmp_path)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), RecurrentLM)

@@ -182,7 +182,9 @@ def test_the_cache_keeps_no_keys_and_values():
      ({"input_ids": random_ids(1, 4), "attention_mask": torch.ones(1, 3)}, r"attention_mask must be \[batch, 4\]"),
      ({"input_ids": random_ids(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]]), "use_cache": True},
       "0 after a 1"),
-     ({"inputs_embeds": torch.randn(1, 4, 16), "use_cache": True}, "needs input_ids")],
+     ({"inputs_embeds": torch.randn(1, 4, 16), "use_cache": True}, "needs input_ids"),
+     ({"input_ids": random_ids(1, 4)[0]}, r"input_ids must be \[batch, length\]"),
+     ({"input_ids": random_ids(1, 4), "chunk_indices": {9: torch.full((1, 4, 1), -1)}}, "for the Resona layers")],
 )
 def test_bad_calls(arguments, message):
     with pytest.raises(ValueError, match=message):

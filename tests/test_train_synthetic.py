@@ -176,7 +176,7 @@ def test_run_survives_json():
         ({"mixer": "glaa"}, "unknown mixer 'glaa'"),
         ({"mixer_args": {"maxlength": 16}}, "no option 'maxlength'.*did you mean 'max_length'"),
         ({"mixer": "gla", "mixer_args": {"num_heads": 5}, "layer_overrides": {}}, "num_heads must divide"),
-        ({"layer_overrides": {"2": {"kernel_size": 3}}}, "names layer '2'; this model has layers 0 to 1"),
+        ({"layer_overrides": {"2": {"kernel_size": 3}}}, "names layer 2; this model has layers 0 to 1"),
         ({"resona": {**RESONA, "layers": [2]}}, "names layer 2; this model has layers 0 to 1"),
         ({"resona": {**RESONA, "top_k": 0}}, "top_k must be at least 1, got 0"),
         ({"resona": {**RESONA, "chunk_size": 17}}, r"chunk_size must be below input_length \(16\), got 17"),

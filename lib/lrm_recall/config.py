@@ -3,6 +3,7 @@ are expanded."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import field
 from typing import Any
 
@@ -11,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from lrm_recall.mixers.find import mixer_class
-from lrm_recall.options import check_options, did_you_mean
+from lrm_recall.options import check_options, check_type, did_you_mean
 from lrm_recall.resona.layer import Resona
 
 
@@ -53,16 +54,19 @@ class RecurrentLMConfig(PreTrainedConfig):
             own = [name for name in type(self).__annotations__ if not name.startswith("_")]
             raise ValueError(f"RecurrentLMConfig has no field {unknown[0]!r}{did_you_mean(unknown[0], own)}; "
                              f"allowed: {', '.join(own)}")
+        if isinstance(self.layer_overrides, dict):  # JSON has no other keys than text
+            self.layer_overrides = {str(layer): options for layer, options in self.layer_overrides.items()}
+        for name, hint in inspect.get_annotations(RecurrentLMConfig, eval_str=True).items():
+            check_type(getattr(self, name), hint, name, RecurrentLMConfig.__annotations__[name])
         super().__post_init__(**kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // 3 // 256) * 256
-        self.layer_overrides = {str(layer): options for layer, options in self.layer_overrides.items()}
         self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> RecurrentLMConfig:
         """As in transformers, but a configuration of another architecture is refused, not reinterpreted."""
-        found = config_dict.get("model_type", cls.model_type)
+        found = config_dict.get("model_type")
         if found != cls.model_type:
             raise ValueError(f"this is a checkpoint of model type {found!r}, not of {cls.model_type!r}")
         return super().from_dict(config_dict, **kwargs)
@@ -78,7 +82,7 @@ class RecurrentLMConfig(PreTrainedConfig):
         cls = mixer_class(self.mixer)
         check_options(cls, self.mixer_args, f"mixer {self.mixer!r}")
         for layer, options in self.layer_overrides.items():
-            self._check_layer(layer, "layer_overrides")
+            self._check_layer(int(layer) if layer == str(_number(layer)) else layer, "layer_overrides")
             check_options(cls, options, f"mixer {self.mixer!r} (layer_overrides of layer {layer})")
         with torch.device("meta"):  # costs nothing, and each mixer knows best which values it takes
             for layer in {-1, *map(int, self.layer_overrides)}:
@@ -93,11 +97,12 @@ class RecurrentLMConfig(PreTrainedConfig):
             raise ValueError(f"resona must name its layers, such as {{'layers': [0]}}, got layers={layers!r}")
         for layer in layers:
             self._check_layer(layer, "resona")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"resona names a layer twice: {layers}")
         Resona.check_options(self.hidden_size, options)
 
-    def _check_layer(self, layer: int | str, where: str) -> None:
-        number = int(layer) if str(layer).isdigit() else -1
-        if not 0 <= number < self.num_hidden_layers:
+    def _check_layer(self, layer: Any, where: str) -> None:
+        if type(layer) is not int or not 0 <= layer < self.num_hidden_layers:
             raise ValueError(f"{where} names layer {layer!r}; this model has layers 0 to {self.num_hidden_layers - 1}")
 
     def mixer_options(self, layer: int) -> dict[str, Any]:
@@ -113,6 +118,11 @@ class RecurrentLMConfig(PreTrainedConfig):
     def resona_options(self) -> dict[str, Any]:
         """Constructor options of the Resona layers, their places left out."""
         return {name: value for name, value in (self.resona or {}).items() if name != "layers"}
+
+
+def _number(text: str) -> int | None:
+    """The number that a key of JSON spells, None for anything else."""
+    return int(text) if text.isdecimal() else None
 
 
 # what PreTrainedConfig itself writes to config.json or takes beside its fields

@@ -30,7 +30,7 @@ class Context:
         past_length: positions already seen by the cache, padding included.
         cache: this layer's own slot of the cache, a dict of tensors whose first dimension is the batch; the mixer
             reads it and writes it in place. None when the caller wants no cache.
-        memory: the normalised initial embeddings, for Resona layers.
+        memory: the initial embeddings, for Resona layers, which normalise them.
         chunk_indices: [B, T, k] int64, chunks found beforehand (-1 for none), for Resona layers; None to search.
     """
 

@@ -10,10 +10,12 @@ A layer that retrieves has its mixer wrapped in Resona; the initial embeddings h
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -91,6 +93,19 @@ class RecurrentPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _is_stateful = True  # a recurrent state cannot be rolled back, so no assisted generation
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but a checkpoint that lacks tensors of the model is refused, not filled up at random.
+
+        Raises:
+            ValueError: tensors of the model are missing, as in a checkpoint of another architecture.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"the checkpoint lacks {len(missing)} tensors of this model, the first {missing[0]!r}: it "
+                             "is of another architecture or configuration")
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -141,6 +156,9 @@ class RecurrentModel(RecurrentPreTrainedModel):
         del return_dict  # always an output object
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if input_ids is not None and (input_ids.dim() != 2 or not input_ids.shape[1]):
+            raise ValueError(f"input_ids must be [batch, length] with length 1 or more, got {tuple(input_ids.shape)}")
+        self._check_chosen_layers(chunk_indices)
         embeds = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds  # [B, T] -> [B, T, D]
         use_cache = past_key_values is not None or (self.config.use_cache and not self.training
                                                     if use_cache is None else use_cache)
@@ -167,6 +185,14 @@ class RecurrentModel(RecurrentPreTrainedModel):
             past_key_values=cache,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
         )
+
+    def _check_chosen_layers(self, chunk_indices: Tensor | dict[int, Tensor] | None) -> None:
+        """Refuse precomputed chunks that no layer would read."""
+        layers = self.config.resona_layers
+        named = chunk_indices if isinstance(chunk_indices, dict) else layers
+        if chunk_indices is not None and (not layers or any(layer not in layers for layer in named)):
+            raise ValueError(f"chunk_indices are for the Resona layers of this model, {layers}, got them for "
+                             f"{list(named) or 'every one'}")
 
     def _padding(
         self, attention_mask: Tensor | None, length: int, cache: RecurrentCache | None
@@ -290,3 +316,6 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         """Elements of recurrent state that one sequence carries, over all layers (StateX, section 3.1)."""
         return sum(block.mixer.state_size(sequence_length) for block in self.model.layers)
 
+
+AutoConfig.register(RecurrentLMConfig.model_type, RecurrentLMConfig, exist_ok=True)
+AutoModelForCausalLM.register(RecurrentLMConfig, RecurrentLM, exist_ok=True)

@@ -34,15 +34,26 @@ def check_options(constructor: Callable, options: dict[str, Any], owner: str) ->
     """
     accepted = accepted_options(constructor)
     hints = typing.get_type_hints(constructor.__init__)
+    if not isinstance(options, dict):
+        raise ValueError(f"{owner}: options must be a mapping of names to values, got {options!r}")
     for name, value in options.items():
         if name not in accepted:
             raise ValueError(f"{owner} has no option {name!r}{did_you_mean(name, accepted)}; "
                              f"allowed: {', '.join(accepted)}")
-        try:
-            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
-        except ValidationError:
-            raise ValueError(f"{owner}: option {name!r} must be {accepted[name].annotation}, "
-                             f"got {value!r} ({type(value).__name__})") from None
+        check_type(value, hints[name], f"{owner}: option {name!r}", accepted[name].annotation)
+
+
+def check_type(value: Any, hint: Any, what: str, shown: str) -> None:
+    """Raise ValueError unless `value` is what the type hint says; a whole number passes for a float, text never.
+
+    Args:
+        what: how the error names the value.
+        shown: how it names the type.
+    """
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        raise ValueError(f"{what} must be {shown}, got {value!r} ({type(value).__name__})") from None
 
 
 def did_you_mean(name: str, allowed: typing.Iterable[str]) -> str:

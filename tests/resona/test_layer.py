@@ -163,7 +163,10 @@ def test_bf16_stays_finite_and_close():
     ("options", "message"),
     [({"top_k": 0}, "top_k must be at least 1, got 0"), ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
      ({"num_heads": 3}, "num_heads 3 does not divide the hidden size 8"), ({"alpha": 1.5}, "alpha must lie in"),
-     ({"encoder_dim": 3}, "needs encoder 'linear'"), ({"encoder": "linear", "encoder_dim": 0}, "encoder_dim must be")],
+     ({"gate": "null"}, "'gate' must be"), ({"alpha": "1e-3"}, "'alpha' must be"),
+     ({"chunk_size": 2.0}, "'chunk_size' must be int"), ({"encoder": "max"}, "'encoder' must be"),
+     ({"encoder_dim": 3}, "needs encoder 'linear'"),
+     ({"encoder": "linear", "encoder_dim": 0}, "encoder_dim must be")],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
@@ -175,6 +178,18 @@ def test_option_names_and_types_are_checked():
                              ({"encoder": "men"}, "'encoder' must be"), ({"alpha": "1e-3"}, "'alpha' must be")]:
         with pytest.raises(ValueError, match=message):
             Resona.check_options(8, options)
+
+
+@pytest.mark.parametrize("indices", [torch.full((2, 5, 1), -1), torch.full((2, 6), -1), torch.full((1, 6, 1), -1),
+                                     torch.full((2, 6, 0), -1), torch.full((2, 6, 1), -1.0)])
+def test_precomputed_chunks_of_another_shape(indices):
+    with pytest.raises(ValueError, match="chunk_indices must be integers of shape"):
+        make_layer(chunk_size=2)(torch.randn(2, 6, 8), Context(chunk_indices=indices))
+
+
+def test_memory_of_another_shape():
+    with pytest.raises(ValueError, match="memory must have the shape of x"):
+        make_layer(chunk_size=2)(torch.randn(2, 6, 8), memory=torch.randn(2, 7, 8))
 
 
 def test_a_foreign_mixer_has_no_known_state():

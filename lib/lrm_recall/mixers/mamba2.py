@@ -68,9 +68,11 @@ class Mamba2(Mixer):
         self.num_heads = inner // head_dim
         if n_groups < 1 or self.num_heads % n_groups:
             raise ValueError(f"n_groups must divide the {self.num_heads} heads, got {n_groups}")
-        for option, value in (("state_size", state_size), ("conv_kernel", conv_kernel), ("chunk_size", chunk_size)):
+        for option, value in (("expand", expand), ("state_size", state_size), ("conv_kernel", conv_kernel)):
             if value < 1:
                 raise ValueError(f"{option} must be at least 1, got {value}")
+        if chunk_size < 1 or chunk_size & (chunk_size - 1):
+            raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
         if not 0 < time_step_min <= time_step_max or time_step_floor <= 0:
             raise ValueError(
                 "time steps must satisfy 0 < time_step_min <= time_step_max and time_step_floor > 0, got "

@@ -116,7 +116,7 @@ def gla_chunked(
     if N > 1 or initial_state is not None or output_final_state:
         initial_state = v.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(dtype)
         states = chunk_scan(decay.mT, writes, v, initial_state)  # [N+1, B, H, K, V]
-        o = o + reads @ states[:-1]
+        o = torch.baddbmm(o.flatten(0, 2), reads.flatten(0, 2), states[:-1].flatten(0, 2)).view(o.shape)
         state = states[-1]
 
     o = o.permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
@@ -170,6 +170,7 @@ def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[
 
 def _leaves(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks whose decay fits into one product: o [..., s, V], q exp(before) and k exp(-before) [..., s, K]."""
-    reads, writes = q * before.exp(), k * (-before).exp()
+    grown = before.exp()
+    reads, writes = grown * q, k / grown
     causal = q.new_ones(q.shape[-2], q.shape[-2]).tril_()
     return (reads @ writes.mT).mul_(causal) @ v, reads, writes

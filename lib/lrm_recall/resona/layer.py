@@ -55,7 +55,8 @@ class Resona(Mixer):
     Args:
         mixer: any module from [B, T, D] to [B, T, D]; a `Mixer` of this library is also handed the context.
         hidden_size: D.
-        chunk_size: U, tokens in a chunk.
+        chunk_size: U, tokens in a chunk. Sequences shorter than U + 1 tokens, such as a short prompt, get the mixer
+            alone.
         top_k: k, chunks that each position looks into.
         encoder: "mean" (no parameters), "place" (learned weights by place in the chunk) or "linear" (those, then
             learned maps C and Q to E = `encoder_dim` numbers).
@@ -86,6 +87,10 @@ class Resona(Mixer):
         memory_norm: bool = True,
     ) -> None:
         super().__init__()
+        check_options(Resona, {
+            "chunk_size": chunk_size, "top_k": top_k, "encoder": encoder, "encoder_dim": encoder_dim, "gate": gate,
+            "alpha": alpha, "num_heads": num_heads, "memory_norm": memory_norm,
+        }, "resona")
         for name, value in (("chunk_size", chunk_size), ("top_k", top_k), ("num_heads", num_heads)):
             if value < 1:
                 raise ValueError(f"resona: {name} must be at least 1, got {value}")
@@ -146,7 +151,7 @@ class Resona(Mixer):
             [B, T, D]; exactly the mixer's output at positions before which no chunk is complete.
 
         Raises:
-            ValueError: precomputed chunks that a position must not see.
+            ValueError: precomputed chunks of another shape, or that a position must not see; a memory of another shape.
         """
         context = context or Context()
         mixed = self.mixer(x, context) if isinstance(self.mixer, Mixer) else self.mixer(x)  # [B, T, D]
@@ -165,6 +170,8 @@ class Resona(Mixer):
         return self._retrieve(x, context, self._memory(x, context, memory))[0]
 
     def _memory(self, x: Tensor, context: Context, memory: Tensor | None) -> Memory:
+        if memory is not None and memory.shape != x.shape:
+            raise ValueError(f"memory must have the shape of x {tuple(x.shape)}, got {tuple(memory.shape)}")
         if memory is not None or context.memory is None:
             return DenseMemory(x if memory is None else memory, context.offset)
         return context.memory
@@ -175,7 +182,7 @@ class Resona(Mixer):
         queries = self.encoder.queries(x)  # [B, T, E]
         visible = visible_chunks(context.positions(x), self.chunk_size)  # [B or 1, T]
         if context.chunk_indices is not None:
-            indices = _check_chosen(context.chunk_indices, visible)
+            indices = _check_chosen(context.chunk_indices, visible.expand(len(x), -1))
         elif chunks.shape[1] == 0:
             indices = visible.new_full((*x.shape[:2], self.top_k), NO_CHUNK)
         else:
@@ -236,7 +243,10 @@ class Resona(Mixer):
 
 
 def _check_chosen(indices: Tensor, visible: Tensor) -> Tensor:
-    """Precomputed chunks [B, T, k], refused where they would show a position its future."""
+    """Precomputed chunks [B, T, k], refused where they would show a position its future; visible: [B, T]."""
+    if indices.dim() != 3 or indices.shape[:2] != visible.shape or not indices.shape[2] or indices.is_floating_point():
+        raise ValueError(f"chunk_indices must be integers of shape [batch, positions, k], here [{visible.shape[0]}, "
+                         f"{visible.shape[1]}, k], got {indices.dtype} {tuple(indices.shape)}")
     if bool((indices >= visible[..., None]).any()) or bool((indices < NO_CHUNK).any()):
         raise ValueError(f"chunk_indices must be {NO_CHUNK} (none) or name chunks that lie wholly before their "
                          "position; some do not")

@@ -1,7 +1,8 @@
 """StateX (section 4): a pre-trained model with a larger recurrent state in a few of its layers.
 
 GLA: all heads of a layer become one. The state of H heads is H blocks of K x V on the diagonal of one (H K) x (H V)
-matrix; one head uses the whole matrix, H times as much, with the same parameters (section 4.1).
+matrix; one head uses the whole matrix, H times as much, with the same parameters (section 4.1), but for the norm
+weight that the heads shared, which is repeated.
 Mamba2: keys and queries (B and C) grow from N to E N channels, less than 1 % more parameters (section 4.2).
 The result is an ordinary RecurrentLM: its configuration says which layers differ, so it saves and loads as usual.
 """

@@ -1,0 +1,60 @@
+"""The README says what is true: its links lead somewhere, its code runs, its tables are those of the stored rows."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown
+from lrm_recall.results import ResultStore, load_profiles
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RESONA = {"chunk_size": 2, "top_k": 1, "encoder": "place", "gate": "null_chunk", "alpha": 0.5, "num_heads": 1,
+          "memory_norm": True}
+
+
+def test_links_and_pictures_exist():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(targets) > 10
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_code_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert namespace["y"].shape == (2, 32, 64)
+    assert namespace["tokens"].shape == (1, 48)
+    assert namespace["expanded"].state_size() > namespace["model"].state_size()
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- (outputs/\S+\.md) -->", README))
+def test_tables_are_copies_of_the_outputs(name):
+    begin, _, rest = README.partition(f"<!-- {name} -->\n")
+    assert rest.partition("<!-- end -->")[0].strip() == (ROOT / name).read_text().strip()
+
+
+def test_table_11_comes_from_the_stored_rows():
+    rows = load_profiles(ROOT / "outputs" / "results", "synthetic")
+    table = results_table_markdown(mqar_table11(rows, "laptop", RESONA))
+    assert (ROOT / "outputs" / "laptop" / "mqar_table11.md").read_text().strip() == table.strip()
+
+
+def test_every_time_of_the_benchmark_table_is_in_a_row():
+    section = README.partition("## Speed on a CPU")[2].partition("\n## ")[0]
+    shown = {float(number) for line in section.splitlines() if line.startswith("| ")
+             for number in re.findall(r"(?<![\w.×])(\d+(?:\.\d+)?)(?= ms)", line)}
+    rows = ResultStore(ROOT / "outputs" / "results" / "bench.laptop.jsonl").rows()
+    stored = {float(f"{value:.3g}") for row in rows for value in row["metrics"].values()}
+    assert shown and shown <= stored, json.dumps(sorted(shown - stored))
+
+
+def test_committed_rows_are_whole_and_made_by_known_code():
+    rows = [row for path in (ROOT / "outputs" / "results").glob("*.laptop.jsonl") for row in ResultStore(path).rows()]
+    assert rows
+    for row in rows:
+        assert row["machine"]["torch"] and row["machine"]["cpu"] and re.fullmatch(r"[0-9a-f]{16}", row["code"])
