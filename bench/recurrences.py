@@ -230,7 +230,7 @@ def store(metrics: dict[str, dict[str, float]], profile: str, seconds: float) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--profile", default="laptop", help="the file of results to add to (default: laptop)")
+    parser.add_argument("--profile", default="smoke", help="the file of results to add to (default: smoke)")
     parser.add_argument("--repeats", type=int, default=3, help="of forward with backward; three times as many forward")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--memory-of", metavar="VARIANT", choices=VARIANTS, help=argparse.SUPPRESS)

@@ -31,6 +31,7 @@ output_dir: str = "../outputs/smoke"  # where figures and tables go; the command
 fresh: bool = False  # train again what is stored already; the command line sets it
 workers: int = 2  # training processes at a time, one thread each
 device: str = "cpu"  # where to train: cpu, or cuda
+retry_failed: bool = False  # try again the runs that failed before
 mixers: list[str] = ["baseconv", "gla"]  # base models: modules of lrm_recall.mixers
 variants: list[str] = ["base", "resona0"]  # base, or resona and the layer that retrieves, counted from 0
 lengths: list[list[int]] = [[64, 4, 32]]  # one line each: input length, key-value pairs, batch size
@@ -47,7 +48,7 @@ chunk_size: int = 2  # Resona: tokens in a chunk (the paper's value for MQAR)
 top_k: int = 1  # Resona: chunks that each position looks into (the paper's value)
 encoder: str = "place"  # Resona: how chunks and queries are embedded: mean, place or linear
 gate: str = "null_chunk"  # Resona: weights of the found chunks, null_chunk or none
-alpha: float = 0.5  # Resona: weight of the model's own output, in [0, 1]
+alpha: float | str = 0.5  # Resona: weight of the model's own output, in [0, 1], or learned
 num_heads: int = 1  # Resona: heads of its cross-attention
 memory_norm: bool = True  # Resona: normalise the initial embeddings before they are searched and read
 ablated_mixer: str = "baseconv"  # the model of the ablation and of the negative control
@@ -79,6 +80,7 @@ from lrm_recall.promises import promise
 from lrm_recall.results import ResultStore, load_profiles, profile_path
 from lrm_recall.sweep import Experiment, plan_sweep
 from lrm_recall.tasks.mqar import mqar
+from lrm_recall.train.device import usable_device
 from lrm_recall.train.grid import expected_seconds, mqar_runs
 from lrm_recall.train.rates import sweep_rates
 from lrm_recall.train.synthetic import code_modules, run_mqar
@@ -139,14 +141,14 @@ narrow = grid(control_mixers, lengths[:1], d_models, ["base"], settings | {"embe
 # reaches the target accuracy in validation is not trained at the next one.
 
 # %%
-how = {"run": partial(run_mqar, device=device), "modules": code_modules, "cost": expected_seconds,
+how = {"run": partial(run_mqar, device=usable_device(device)), "modules": code_modules, "cost": expected_seconds,
        "data": {"source": "lrm_recall.tasks.mqar", "revision": "generated"}}
 experiment, embedding = Experiment("mqar", **how), Experiment(EXPERIMENT, **how)
 store = ResultStore(profile_path(results_dir, "synthetic", profile))
 print(str(plan_sweep(main + ablation + control, experiment, store, fresh=fresh)).partition("\n")[0])
 
 # %%
-options = {"profile": profile, "workers": workers}
+options = {"profile": profile, "workers": workers, "retry_failed": retry_failed}
 own = sweep_rates(main + ablation + control, experiment, store, fresh=fresh, **options)
 own += sweep_rates(narrow, embedding, store, fresh=fresh, **options)
 rows = load_profiles(results_dir, "synthetic")

@@ -15,6 +15,7 @@ _HOME = {
     "RecurrentCache": "lrm_recall.cache",
     "Resona": "lrm_recall.resona.layer",
     "Retrieval": "lrm_recall.resona.layer",
+    "Size": "lrm_recall.statex.surgery",
     "choose_layers": "lrm_recall.statex.choose",
     "expand_state": "lrm_recall.statex.surgery",
     "merge_heads": "lrm_recall.statex.surgery",

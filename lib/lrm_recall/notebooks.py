@@ -25,7 +25,8 @@ def unstripped(notebook: nbformat.NotebookNode, name: str) -> Iterator[str]:
     """What a source notebook holds that only running it can have put there, a line each."""
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "code" and (cell.outputs or cell.execution_count is not None):
-            yield f"notebooks/{name}.ipynb is not stripped: cell {number} holds output (nbstripout)"
+            clear = f"jupyter nbconvert --clear-output --inplace notebooks/{name}.ipynb"
+            yield f"notebooks/{name}.ipynb is not stripped: cell {number} holds output ({clear})"
             return
     for key in ("papermill", "widgets", "lrm_recall"):
         if key in notebook.metadata:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_model
 
-from lrm_recall import RecurrentLM, RecurrentLMConfig, choose_layers, expand_state, merge_heads, widen_state
-from lrm_recall.statex.surgery import Size
+from lrm_recall import RecurrentLM, RecurrentLMConfig, Size, choose_layers, expand_state, merge_heads, widen_state
 
 IDS = torch.randint(1, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
 
@@ -33,6 +32,7 @@ def test_gla_grows_by_half_with_no_new_parameter():
     assert before.parameters == 1_365_514_240  # 1.365B
     # the norm weight is the one tensor that heads shared: 3 x 512 more elements a layer
     assert after.parameters - before.parameters == 4 * 3 * 512
+    assert before.growth(after) == "state 12.58M -> 18.87M (1.50x), parameters 1.366B -> 1.366B (+6,144)"
 
 
 @pytest.mark.parametrize(("m", "state", "parameters"), [(4, 31_457_280, 1.350), (8, 37_748_736, 1.356)])

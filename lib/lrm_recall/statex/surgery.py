@@ -33,9 +33,30 @@ class Size:
     state: int
 
     @classmethod
-    def of(cls, model: RecurrentLM) -> Size:
-        """Count a model, on any device, meta included."""
-        return cls(sum(p.numel() for p in model.parameters()), model.state_size())
+    def of(cls, model: RecurrentLM, sequence_length: int | None = None) -> Size:
+        """Count a model, on any device, meta included.
+
+        Args:
+            sequence_length: for mixers whose state grows with the sequence, such as attention.
+        """
+        return cls(sum(p.numel() for p in model.parameters()), model.state_size(sequence_length))
+
+    def growth(self, after: Size) -> str:
+        """One line for a reader: both counts, and how much larger `after` is.
+
+        Example: "state 12.58M -> 18.87M (1.50x), parameters 1.366B -> 1.366B (+6,144)".
+        """
+        return (f"state {_short(self.state)} -> {_short(after.state)} ({after.state / self.state:.2f}x), "
+                f"parameters {_short(self.parameters)} -> {_short(after.parameters)} "
+                f"({after.parameters - self.parameters:+,})")
+
+
+def _short(count: int) -> str:
+    """A count to four digits: 12.58M, 1.366B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.4g}{unit}"
+    return str(count)
 
 
 def expand_state(model: RecurrentLM, m: int = 4, *, start: Start = "reinitialise") -> RecurrentLM:
