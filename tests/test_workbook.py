@@ -164,7 +164,10 @@ def test_nothing_outlives_a_runner_that_is_killed(root, kill):
     log = root / "log"
     command = [sys.executable, "-m", "lrm_recall.workbook", "run", "-p", "behaviour=sleep"]
     command += ["-p", f"log={log}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )
     while not log.exists() or len(log.read_text().splitlines()) < 2:
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
