@@ -146,6 +146,7 @@ how = {"run": partial(run_mqar, device=usable_device(device)), "modules": code_m
 experiment, embedding = Experiment("mqar", **how), Experiment(EXPERIMENT, **how)
 store = ResultStore(profile_path(results_dir, "synthetic", profile))
 print(str(plan_sweep(main + ablation + control, experiment, store, fresh=fresh)).partition("\n")[0])
+print("(at most: a model that is solved is not trained at the next learning rate)")
 
 # %%
 options = {"profile": profile, "workers": workers, "retry_failed": retry_failed}
