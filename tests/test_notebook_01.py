@@ -1,6 +1,5 @@
 """Notebook 01 as a source: its shape, its parameter files, and the grids that every profile asks for."""
 
-import ast
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 
 from lrm_recall.figures.mqar_cells import mqar_cells
 from lrm_recall.figures.verdicts import paper_scale_gaps
-from lrm_recall.notebooks import unpaired, unstripped
 from lrm_recall.parameters import declared_parameters
 from lrm_recall.results import frame, make_row
 from lrm_recall.workbook import Workbook
@@ -39,21 +37,10 @@ def scope_of(profile: str) -> dict:
     return scope
 
 
-def test_source_is_stripped_and_paired(notebook):
-    assert list(unstripped(notebook, NAME)) == []
-    assert [problem for problem in unpaired(ROOT / "notebooks") if NAME in problem] == []
-
-
 def test_first_cell_says_what_is_tested(notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
     assert "Claim" in first.source and "Figure 5" in first.source and "Table 11" in first.source
-
-
-def test_no_function_is_longer_than_ten_lines(notebook):
-    trees = [ast.parse(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
-    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
-    assert functions and all(node.end_lineno - node.lineno < 10 for node in functions)
 
 
 def test_defaults_are_the_smoke_values(notebook):
