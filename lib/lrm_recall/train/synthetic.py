@@ -8,7 +8,7 @@ The optimiser follows zoology (Arora et al. 2024), from which appendix A.3 takes
 decay 0.1, cosine to zero, cross entropy over labelled positions, output layer tied to the embedding, blocks
 without a channel mixer. What differs, and why:
     the rate first rises over 5% of the steps, as in the paper's other experiments (appendix A.4): without it, a rate
-        of 0.01 leaves a Transformer with Resona at 0.27 where a warm-up gives 0.97;
+        of 0.01 can leave a Transformer with Resona stuck;
     the cosine falls at every step, not at every epoch: a run of few epochs should not anneal in a few jumps;
     gradients are clipped to norm 1, as in the paper's other experiments (appendix A.4);
     vectors (norm gains, biases, Mamba2's A_log and dt_bias, Resona's temperature) are not decayed, because
