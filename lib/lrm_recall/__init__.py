@@ -13,6 +13,7 @@ _HOME = {
     "RecurrentModel": "lrm_recall.model",
     "RecurrentLMConfig": "lrm_recall.config",
     "RecurrentCache": "lrm_recall.cache",
+    "backends": "lrm_recall.backends",
     "Resona": "lrm_recall.resona.layer",
     "Retrieval": "lrm_recall.resona.layer",
     "Size": "lrm_recall.statex.surgery",

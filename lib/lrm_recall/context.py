@@ -27,7 +27,8 @@ class Context:
             on one side only. Right padding needs no care in a causal layer; left padding must leave no trace.
         offset: [B] int64, how many positions of left padding each row has had since its sequence began; None means
             zero for every row. The position of new token t in its own row is `past_length + t - offset`.
-        past_length: positions already seen by the cache, padding included.
+        past_length: positions already seen by the cache, padding included; a tensor of no dimension where the step is
+            captured in a CUDA graph.
         cache: this layer's own slot of the cache, a dict of tensors whose first dimension is the batch; the mixer
             reads it and writes it in place. None when the caller wants no cache.
         memory: the initial embeddings, for Resona layers, which normalise them.
@@ -36,7 +37,7 @@ class Context:
 
     mask: Tensor | None = None
     offset: Tensor | None = None
-    past_length: int = 0
+    past_length: int | Tensor = 0
     cache: dict[str, Tensor] | None = None
     memory: Memory | None = None
     chunk_indices: Tensor | None = None
@@ -46,5 +47,5 @@ class Context:
 
         Padding has negative positions.
         """
-        positions = torch.arange(self.past_length, self.past_length + x.shape[1], device=x.device)[None]  # [1, T]
+        positions = torch.arange(x.shape[1], device=x.device)[None] + self.past_length  # [1, T]
         return positions if self.offset is None else positions - self.offset[:, None]

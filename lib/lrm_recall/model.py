@@ -23,10 +23,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from lrm_recall.cache import RecurrentCache
 from lrm_recall.config import RecurrentLMConfig
 from lrm_recall.context import Context
+from lrm_recall.decode import Decoder
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.mixers.find import mixer_class
+from lrm_recall.norms import LayerNorm, RMSNorm
+from lrm_recall.ops.loss import IGNORED, cross_entropy
+from lrm_recall.ops.swiglu import swiglu_linear
 from lrm_recall.resona.layer import Resona
 from lrm_recall.resona.memory import DenseMemory, Memory, TokenMemory
+
+
+_MLP_PIECE = 16384  # tokens of a prompt that go through an MLP at a time: enough for its products to run at full speed
 
 
 class SwiGLU(nn.Module):
@@ -39,12 +46,24 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, D] -> [B, T, F] -> [B, T, D]
+        """x [B, T, D] to [B, T, D]; a long prompt in pieces, since nothing here looks beyond its own position."""
+        if torch.is_grad_enabled() or x.shape[1] <= _MLP_PIECE:
+            return self._whole(x)
+        y = torch.empty_like(x)
+        for part, result in zip(x.split(_MLP_PIECE, 1), y.split(_MLP_PIECE, 1), strict=True):
+            result.copy_(self._whole(part))
+        return y
+
+    def _whole(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)  # [B, T, F] each
+        if type(self.down_proj) is nn.Linear:
+            return swiglu_linear(gate, up, self.down_proj.weight)  # [B, T, D]
+        return self.down_proj(F.silu(gate) * up)  # what an adapter or a quantiser put in its place
 
 
 def make_norm(config: RecurrentLMConfig) -> nn.Module:
     """The normalisation that the configuration names, over D."""
-    norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    norm = RMSNorm if config.norm == "rmsnorm" else LayerNorm
     return norm(config.hidden_size, eps=config.norm_eps)
 
 
@@ -77,11 +96,13 @@ class Block(GradientCheckpointingLayer):
             self.mlp = None
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
-        dtype = self.mixer_norm.weight.dtype  # the stream itself may be kept in float32
-        h = h + self.mixer(self.mixer_norm(h.to(dtype)), context)
-        if self.mlp is not None:
-            h = h + self.mlp(self.mlp_norm(h.to(dtype)))
-        return h
+        """Add to the residual stream h [B, T, D], which may be kept in float32, what the mixer and the MLP make of it."""
+        x = self.mixer(self.mixer_norm(h).to(self.mixer_norm.weight.dtype), context)
+        if self.mlp is None:
+            return h + x
+        x, h = self.mlp_norm.add(x, h)
+        x = self.mlp(x)
+        return h + x if torch.is_grad_enabled() else h.add_(x)
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -117,7 +138,7 @@ class RecurrentPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             wide = self.config.embedding_range
             init.normal_(module.weight, mean=0.0, std=std if wide is None else wide)
-        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+        elif isinstance(module, (RMSNorm, LayerNorm)):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
@@ -181,7 +202,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
         if cache is not None:
             cache.length = past_length + length
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(h.to(self.norm.weight.dtype)),
+            last_hidden_state=self.norm(h).to(self.norm.weight.dtype),
             past_key_values=cache,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
         )
@@ -248,6 +269,8 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RecurrentModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.cuda_graph = True  # decode token by token through a CUDA graph, where the model's state is of constant size
+        self._decoder = Decoder()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -296,6 +319,11 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
             ValueError: both or neither kind of input, a mask of another shape or with holes, a cache with embeddings
                 as input in a Resona model, chunks that would show a position its future.
         """
+        extras = (attention_mask, inputs_embeds, labels, chunk_indices, output_hidden_states)
+        if self.cuda_graph and past_key_values is not None and all(extra is None for extra in extras):
+            logits = self._decoder.step(self, input_ids, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds,
             past_key_values=past_key_values, use_cache=use_cache, chunk_indices=chunk_indices,
@@ -306,11 +334,20 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])  # [B, T, D] -> [B, kept, V]
         loss = None
         if labels is not None:
-            extra = {} if num_items_in_batch is None else {"num_items_in_batch": num_items_in_batch}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+            shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # [B, T]
+            losses = cross_entropy(logits.flatten(0, 1), shifted.flatten())  # [B * T]
+            loss = losses.sum() / ((shifted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, without the mask once the prompt is read: the cache knows where each row began."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache, ids = inputs.get("past_key_values"), inputs.get("input_ids")
+        if cache is not None and cache.length and ids is not None and ids.shape[1] == 1:
+            inputs.pop("attention_mask", None)
+        return inputs
 
     def state_size(self, sequence_length: int | None = None) -> int:
         """Elements of recurrent state that one sequence carries, over all layers (StateX, section 3.1)."""

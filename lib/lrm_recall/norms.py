@@ -1,10 +1,48 @@
-"""The gated RMS normalisation at the end of a recurrent mixer, in the two orders that checkpoints use."""
+"""The normalisations of blocks and mixers, with the parameter names that checkpoints use."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lrm_recall.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, rms_norm, rms_norm_of_gated
+
+__all__ = ["LayerNorm", "RMSNorm", "RMSNormGated", "l2_norm"]
+
+
+class RMSNorm(nn.Module):
+    """x over the root of its mean square, times a weight.
+
+    Args:
+        size: D, channels of the weight, the last dimension of the input.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, size: int, *, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D]; computed in fp32, returned in x's dtype."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Add x [..., D] to the residual stream; the norm of the sum in x's dtype, and the sum in the stream's."""
+        return add_rms_norm(x, stream, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's LayerNorm, behind a residual connection too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D]; computed in fp32, returned in x's dtype."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+    def add(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Add x [..., D] to the residual stream; the norm of the sum in x's dtype, and the sum in the stream's."""
+        stream = stream + x
+        return self(stream).to(x.dtype), stream
 
 
 class RMSNormGated(nn.Module):
@@ -12,9 +50,13 @@ class RMSNormGated(nn.Module):
 
     Args:
         size: channels of the weight, the last dimension of the input.
-        group_size: channels that share one root mean square; all of them by default.
+        group_size: channels that share one root mean square; all of them by default. Groups smaller than `size` are
+            for the norm after the gate.
         eps: added to the mean square.
         norm_before_gate: True for norm(x) * weight * silu(gate), False for norm(x * silu(gate)) * weight.
+
+    Raises:
+        ValueError: group_size does not divide the channels, or groups were asked for before the gate.
     """
 
     def __init__(
@@ -22,24 +64,15 @@ class RMSNormGated(nn.Module):
     ) -> None:
         super().__init__()
         self.group_size = size if group_size is None else group_size
-        if size % self.group_size:
-            raise ValueError(f"group_size must divide the {size} channels of the norm, got {group_size}")
+        if size % self.group_size or (norm_before_gate and self.group_size != size):
+            raise ValueError(f"group_size must divide the {size} channels of the norm, and be all of them in a norm "
+                             f"before the gate, got {group_size}")
         self.eps = eps
         self.norm_before_gate = norm_before_gate
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Normalise and gate x [..., size] with gate [..., size]; computed in fp32, returned in x's dtype."""
-        dtype = x.dtype
-        compute = torch.promote_types(dtype, torch.float32)
-        gate = F.silu(gate.to(compute))
-        x = x.to(compute)
-        if not self.norm_before_gate:
-            x = x * gate
-        shape = x.shape
-        x = x.unflatten(-1, (-1, self.group_size))  # [..., groups, group_size]
-        x = F.rms_norm(x, (self.group_size,), eps=self.eps).view(shape)
-        x = x * self.weight.to(compute)
         if self.norm_before_gate:
-            x = x * gate
-        return x.to(dtype)
+            return gated_rms_norm(x, gate, self.weight, self.eps)
+        return rms_norm_of_gated(x, gate, self.weight, self.eps, self.group_size)

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNormGated
-from lrm_recall.ops.gla import gla_chunked, gla_step
+from lrm_recall.ops.gla import gla
 
 
 class GLA(Mixer):
@@ -81,13 +81,7 @@ class GLA(Mixer):
         v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]
 
         state = cache.get("state") if cache else None
-        if state is not None and x.shape[1] == 1:
-            o, state = gla_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], state)
-            o = o.unsqueeze(1)  # [B, 1, H, V]
-        else:
-            o, state = gla_chunked(
-                q, k, v, log_decay, initial_state=state, output_final_state=cache is not None
-            )  # [B, T, H, V]
+        o, state = gla(q, k, v, log_decay, initial_state=state, output_final_state=cache is not None)  # [B, T, H, V]
         if cache is not None:
             cache["state"] = state
         gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]

@@ -17,7 +17,8 @@ from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNormGated
 from lrm_recall.ops.conv import short_conv
-from lrm_recall.ops.ssd import ssd_chunked, ssd_step
+from lrm_recall.ops.dispatch import fusion
+from lrm_recall.ops.ssd import ssd
 
 
 class Mamba2(Mixer):
@@ -97,8 +98,13 @@ class Mamba2(Mixer):
         """x [B, T, D] to [B, T, D]. The cache holds `conv` [B, W - 1, E + 2GN] and `state` [B, H, P, N] fp32."""
         context = context or Context()
         cache = context.cache
+        projected = self.in_proj(x)  # [B, T, 2E + 2GN + H]
+        A = -self.A_log.float().exp()
+        if cache is None and context.mask is None and (inner := fusion("mamba2_inner", x)):
+            return inner(projected, self.conv1d, self.dt_bias, A, self.D, self.norm, self.out_proj,
+                         head_dim=self.head_dim, n_groups=self.n_groups)
         groups = self.n_groups * self.d_state
-        gate, xBC, dt = self.in_proj(x).split((self.inner_size, self.inner_size + 2 * groups, self.num_heads), dim=-1)
+        gate, xBC, dt = projected.split((self.inner_size, self.inner_size + 2 * groups, self.num_heads), dim=-1)
         dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, T, H]
         if context.mask is not None:
             padding = ~context.mask.unsqueeze(-1)  # [B, T, 1]
@@ -106,28 +112,15 @@ class Mamba2(Mixer):
             dt, xBC = dt.masked_fill(padding, 0), xBC.masked_fill(padding, 0)
 
         weight = self.conv1d.weight.squeeze(1)  # [E + 2GN, W]
-        xBC, conv_state = short_conv(xBC, weight, self.conv1d.bias, cache.get("conv") if cache else None)
-        z, B, C = F.silu(xBC).split((self.inner_size, groups, groups), dim=-1)
+        conv_state, state = (cache.get("conv"), cache.get("state")) if cache else (None, None)
+        xBC, conv_state = short_conv(xBC, weight, self.conv1d.bias, conv_state, activation="silu")
+        z, B, C = xBC.split((self.inner_size, groups, groups), dim=-1)
         z = z.unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, P]
         B, C = (y.unflatten(-1, (self.n_groups, self.d_state)) for y in (B, C))  # [B, T, G, N]
-        A = -self.A_log.float().exp()
-
-        state = cache.get("state") if cache else None
-        if state is not None and x.shape[1] == 1:
-            y, state = ssd_step(z[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, state)
-            y = y.unsqueeze(1)  # [B, 1, H, P]
-        else:
-            y, state = ssd_chunked(
-                z,
-                dt,
-                A,
-                B,
-                C,
-                self.D,
-                initial_state=state,
-                chunk_size=self.chunk_size,
-                output_final_state=cache is not None,
-            )
+        y, state = ssd(
+            z, dt, A, B, C, self.D,
+            initial_state=state, chunk_size=self.chunk_size, output_final_state=cache is not None,
+        )  # [B, T, H, P]
         if cache is not None:
             cache["conv"], cache["state"] = conv_state, state
         return self.out_proj(self.norm(y.flatten(-2), gate))

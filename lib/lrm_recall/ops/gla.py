@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
+from lrm_recall.ops.dispatch import dispatched
 from lrm_recall.ops.scan import chunk_scan
 
 
@@ -102,6 +103,9 @@ def gla_chunked(
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     B, T, H, K = q.shape
+    if T == 1 and initial_state is not None:
+        o, state = gla_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], initial_state, scale=scale)
+        return o.unsqueeze(1), state  # [B, 1, H, V]
     V = v.shape[-1]
     dtype = torch.promote_types(v.dtype, torch.float32)
     scale = K**-0.5 if scale is None else scale
@@ -174,3 +178,6 @@ def _leaves(q: Tensor, k: Tensor, v: Tensor, before: Tensor) -> tuple[Tensor, Te
     reads, writes = grown * q, k / grown
     causal = q.new_ones(q.shape[-2], q.shape[-2]).tril_()
     return (reads @ writes.mT).mul_(causal) @ v, reads, writes
+
+
+gla = dispatched("gla", gla_chunked)

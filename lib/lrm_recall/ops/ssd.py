@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
+from lrm_recall.ops.dispatch import dispatched
 from lrm_recall.ops.scan import chunk_scan
 
 
@@ -118,6 +119,9 @@ def ssd_chunked(
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     if H % G:
         raise ValueError(f"the groups of B and C must divide the heads: got {G} groups, {H} heads")
+    if T == 1 and initial_state is not None:
+        y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, initial_state)
+        return y.unsqueeze(1), state  # [B, 1, H, P]
     dtype = torch.promote_types(out_dtype, torch.float32)
     L = min(chunk_size, 1 << (T - 1).bit_length())
     M = -(-T // L)
@@ -222,3 +226,6 @@ def _doubling(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, log_decay: Tensor) ->
         before, after, total = join_halves(before, after, total)
     x, dt, y, before, after = (z.squeeze(2) for z in (x, dt, y, before, after))
     return y, _by_group(x * (dt * after.exp()).unsqueeze(-1), G), before
+
+
+ssd = dispatched("ssd", ssd_chunked)

@@ -24,6 +24,7 @@ from transformers import initialization as init
 
 from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
+from lrm_recall.norms import RMSNorm
 from lrm_recall.options import check_options
 from lrm_recall.resona.integrate import attend, chunk_attention
 from lrm_recall.resona.memory import DenseMemory, Memory
@@ -107,7 +108,7 @@ class Resona(Mixer):
         self.num_heads = num_heads
         self.alpha = alpha
         self.gate = gate
-        self.memory_norm = nn.RMSNorm(hidden_size, eps=_NORM_EPS) if memory_norm else nn.Identity()
+        self.memory_norm = RMSNorm(hidden_size, eps=_NORM_EPS) if memory_norm else nn.Identity()
         self.encoder = ENCODERS[encoder](hidden_size, chunk_size, encoder_dim)
         self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)

@@ -1,0 +1,114 @@
+"""Adapters to flash-linear-attention (Triton kernels)."""
+
+from __future__ import annotations
+
+import torch
+from fla.modules.activations import swiglu_linear as fla_swiglu_linear
+from fla.modules.fused_cross_entropy import cross_entropy_loss
+from fla.modules.norm.fused_norm_gate import rms_norm_gated
+from fla.modules.norm.l2norm import l2norm
+from fla.modules.norm.layernorm import rms_norm as fla_rms_norm
+from fla.modules.rotary import rotary_embedding
+from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.gla import chunk_gla, fused_recurrent_gla
+from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
+from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
+from torch import Tensor
+
+from lrm_recall.ops.dispatch import Unsupported
+
+_DELTA_RULE_KEYS = 256  # widest head of chunk_delta_rule
+_SHORT = 64  # up to here, and without gradients, the recurrent kernel is quicker than the chunked one
+
+
+def _recurrent(x: Tensor) -> bool:
+    """Whether the recurrent kernel should run for x [B, T, ...]."""
+    return x.shape[1] == 1 or (x.shape[1] <= _SHORT and not torch.is_grad_enabled())
+
+
+def _check_dtype(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise Unsupported(f"its kernels take float32, float16 and bfloat16, not {x.dtype}")
+
+
+def gla(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
+    _check_dtype(v)
+    options = dict(scale=scale, initial_state=initial_state, output_final_state=output_final_state)
+    if _recurrent(q):
+        return fused_recurrent_gla(q, k, v, gk=log_decay, **options)
+    return chunk_gla(q, k, v, log_decay, **options)
+
+
+def delta_rule(q, k, v, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
+    _check_dtype(v)
+    _check_keys(q)
+    run = fused_recurrent_delta_rule if _recurrent(q) else chunk_delta_rule
+    return run(q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state)
+
+
+def gated_delta_rule(
+    q, k, v, log_decay, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True
+):
+    _check_dtype(v)
+    _check_keys(q)
+    run = fused_recurrent_gated_delta_rule if _recurrent(q) else chunk_gated_delta_rule
+    return run(q, k, v, g=log_decay, beta=beta, scale=scale, initial_state=initial_state,
+               output_final_state=output_final_state)
+
+
+def _check_keys(q: Tensor) -> None:
+    if q.shape[-1] > _DELTA_RULE_KEYS:
+        raise Unsupported(f"its delta rule takes at most {_DELTA_RULE_KEYS} key channels per head, got {q.shape[-1]}")
+
+
+def retention(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
+    _check_dtype(v)
+    run = fused_recurrent_simple_gla if _recurrent(q) else chunk_simple_gla
+    return run(q, k, v, g_gamma=log_decay, scale=scale, initial_state=initial_state,
+               output_final_state=output_final_state)
+
+
+def rwkv5(r, k, v, log_decay, bonus, *, initial_state=None, chunk_size=64, output_final_state=True):
+    _check_dtype(v)
+    run = fused_recurrent_rwkv6 if _recurrent(r) else chunk_rwkv6
+    decay = log_decay.expand_as(k).contiguous()  # [B, T, H, K]: RWKV6's decay may change with the token
+    return run(r, k, v, decay, bonus, scale=1.0, initial_state=initial_state, output_final_state=output_final_state)
+
+
+def rms_norm(x, weight, eps):
+    _check_dtype(x)
+    return fla_rms_norm(x, weight, None, eps=eps)
+
+
+def add_rms_norm(x, stream, weight, eps):
+    _check_dtype(x)
+    return fla_rms_norm(x, weight, None, residual=stream, eps=eps, prenorm=True,
+                        residual_in_fp32=stream.dtype == torch.float32)
+
+
+def gated_rms_norm(x, gate, weight, eps):
+    _check_dtype(x)
+    return rms_norm_gated(x, gate, weight, None, eps=eps)
+
+
+def l2_norm(x, eps=1e-6):
+    _check_dtype(x)
+    return l2norm(x, eps)
+
+
+def rotate(x, cos, sin):
+    _check_dtype(x)
+    if cos.shape[0] == 1:
+        return rotary_embedding(x, cos[0], sin[0])
+    turned = rotary_embedding(x.flatten(0, 1).unsqueeze(0), cos.flatten(0, 1), sin.flatten(0, 1))  # [1, B * T, H, K]
+    return turned.view_as(x)
+
+
+def swiglu_linear(gate, up, weight):
+    _check_dtype(gate)
+    return fla_swiglu_linear(gate, up, weight, None)
+
+
+def cross_entropy(logits, labels):
+    return cross_entropy_loss(logits, labels, inplace_backward=True)[0]

@@ -1,0 +1,79 @@
+"""Adapters to mamba-ssm (CUDA and Triton kernels)."""
+
+from __future__ import annotations
+
+import torch
+from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn, selective_scan_fn
+from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
+
+from lrm_recall.ops.dispatch import Unsupported
+
+_CHUNK = 256  # tokens in a chunk of the SSD kernels: the size that they were tuned for
+_SCAN_STATES = 256  # most state channels of the selective scan
+
+
+def ssd(x, dt, A, B, C, D=None, *, initial_state=None, chunk_size=64, output_final_state=True):
+    if x.dtype == torch.float64:
+        raise Unsupported("its kernels do not take float64")
+    if x.shape[1] == 1 and initial_state is not None and not torch.is_grad_enabled():
+        return _ssd_step(x, dt, A, B, C, D, initial_state)
+    out = mamba_chunk_scan_combined(x, dt, A, B, C, _CHUNK, D=D, initial_states=initial_state,
+                                    return_final_states=output_final_state)
+    return out if output_final_state else (out, None)
+
+
+def _ssd_step(x, dt, A, B, C, D, state):
+    """One token, the state changed in place."""
+    heads = state.shape[:3]  # B, H, P
+    dt = dt[:, 0].unsqueeze(-1).expand(heads)
+    A = A.view(-1, 1, 1).expand(state.shape[1:])  # [H, P, N]
+    D = None if D is None else D.unsqueeze(-1).expand(heads[1:])
+    no_bias = A.new_zeros(1).expand(heads[1:])  # the kernel asks for a bias of dt
+    y = selective_state_update(state, x[:, 0], dt, A, B[:, 0], C[:, 0], D, dt_bias=no_bias)  # [B, H, P]
+    return y.unsqueeze(1), state
+
+
+def mamba2_inner(projected, conv, dt_bias, A, D, norm, out_proj, *, head_dim, n_groups):
+    """Everything behind Mamba2's in_proj in one call that saves little for the backward pass: [B, T, D]."""
+    return mamba_split_conv1d_scan_combined(
+        projected, conv.weight.squeeze(1), conv.bias, dt_bias, A, D=D, chunk_size=_CHUNK, activation="silu",
+        rmsnorm_weight=norm.weight, rmsnorm_eps=norm.eps, outproj_weight=out_proj.weight, outproj_bias=out_proj.bias,
+        headdim=head_dim, ngroups=n_groups, norm_before_gate=False,
+    )
+
+
+def selective_scan(
+    x, dt, A, B, C, D=None, gate=None, dt_bias=None, *, initial_state=None, chunk_size=64, output_final_state=True
+):
+    if x.dtype == torch.float64:
+        raise Unsupported("its kernels do not take float64")
+    if A.shape[-1] > _SCAN_STATES:
+        raise Unsupported(f"it takes at most {_SCAN_STATES} state channels, got {A.shape[-1]}")
+    D, dt_bias = (y if y is None else y.float() for y in (D, dt_bias))
+    if x.shape[1] == 1 and initial_state is not None and not torch.is_grad_enabled():
+        y = selective_state_update(initial_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D,
+                                   None if gate is None else gate[:, 0], dt_bias, dt_softplus=True)  # [B, E]
+        return y.unsqueeze(1), initial_state  # changed in place
+    if initial_state is not None:
+        raise Unsupported("its scan cannot begin from a state")
+    gate = None if gate is None else gate.mT
+    y = selective_scan_fn(x.mT, dt.mT, A, B.mT.contiguous(), C.mT.contiguous(), D, gate, dt_bias, delta_softplus=True,
+                          return_last_state=output_final_state)  # [B, E, T]
+    y, state = y if output_final_state else (y, None)
+    return y.mT, state
+
+
+def mamba_inner(projected, conv, x_proj, dt_proj, out_proj, A, D):
+    """Everything behind Mamba's in_proj in one call that saves little for the backward pass: [B, T, D]."""
+    return mamba_inner_fn(
+        projected.mT, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, out_proj.weight, out_proj.bias,
+        A, None, None, D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
+    )
+
+
+def rms_norm_of_gated(x, gate, weight, eps, group_size):
+    if x.dtype == torch.float64:
+        raise Unsupported("its kernels do not take float64")
+    return rmsnorm_fn(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
