@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # our kernels run on a CPU too; read when Triton is first imported
+
 from lrm_recall import RecurrentLM, RecurrentLMConfig
 
 torch.set_num_threads(1)  # the suite runs in several processes

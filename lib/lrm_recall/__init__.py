@@ -13,7 +13,7 @@ _HOME = {
     "RecurrentModel": "lrm_recall.model",
     "RecurrentLMConfig": "lrm_recall.config",
     "RecurrentCache": "lrm_recall.cache",
-    "backends": "lrm_recall.backends",
+    "backends": "lrm_recall.what_runs",
     "Resona": "lrm_recall.resona.layer",
     "Retrieval": "lrm_recall.resona.layer",
     "Size": "lrm_recall.statex.surgery",

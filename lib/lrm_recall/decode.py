@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lrm_recall.cache import RecurrentCache
+from lrm_recall.ops.linear import project
 
 if TYPE_CHECKING:
     from lrm_recall.model import RecurrentLM
@@ -93,7 +94,7 @@ class DecodingGraph:
                 if new[name].data_ptr() != state.data_ptr():  # some kernels change their state in place
                     state.copy_(new[name])
         self._length.add_(1)
-        return model.lm_head(outputs.last_hidden_state)
+        return project(outputs.last_hidden_state, model.lm_head)[0]
 
     def step(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
         """Logits [B, 1, V] behind the tokens ids [B, 1]; the cache moves on by one position."""
@@ -141,6 +142,6 @@ def can_capture(model: RecurrentLM) -> bool:
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def fingerprint(model: RecurrentLM) -> tuple[int, ...]:
-    """Where the parameters lie: a graph is of use as long as they stay there."""
-    return tuple(parameter.data_ptr() for parameter in model.parameters())
+def fingerprint(model: RecurrentLM) -> tuple[tuple[int, int], ...]:
+    """Where the parameters lie and how often they were changed: a graph is of use as long as both stand."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

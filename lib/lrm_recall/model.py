@@ -10,6 +10,7 @@ A layer that retrieves has its mixer wrapped in Resona; the initial embeddings h
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +28,10 @@ from lrm_recall.decode import Decoder
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.mixers.find import mixer_class
 from lrm_recall.norms import LayerNorm, RMSNorm
+from lrm_recall.ops.linear import plain, swiglu
 from lrm_recall.ops.loss import IGNORED, cross_entropy
-from lrm_recall.ops.swiglu import swiglu_linear
 from lrm_recall.resona.layer import Resona
 from lrm_recall.resona.memory import DenseMemory, Memory, TokenMemory
-
 
 _MLP_PIECE = 16384  # tokens of a prompt that go through an MLP at a time: enough for its products to run at full speed
 
@@ -55,10 +55,10 @@ class SwiGLU(nn.Module):
         return y
 
     def _whole(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)  # [B, T, F] each
-        if type(self.down_proj) is nn.Linear:
-            return swiglu_linear(gate, up, self.down_proj.weight)  # [B, T, D]
-        return self.down_proj(F.silu(gate) * up)  # what an adapter or a quantiser put in its place
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if plain(*layers):
+            return swiglu(x, *(layer.weight for layer in layers))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [B, T, D] -> [B, T, F] -> [B, T, D]
 
 
 def make_norm(config: RecurrentLMConfig) -> nn.Module:
@@ -96,7 +96,7 @@ class Block(GradientCheckpointingLayer):
             self.mlp = None
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
-        """Add to the residual stream h [B, T, D], which may be kept in float32, what the mixer and the MLP make of it."""
+        """Add to the residual stream h [B, T, D], kept in float32 or not, what the mixer and the MLP make of it."""
         x = self.mixer(self.mixer_norm(h).to(self.mixer_norm.weight.dtype), context)
         if self.mlp is None:
             return h + x
@@ -126,6 +126,14 @@ class RecurrentPreTrainedModel(PreTrainedModel):
             raise ValueError(f"the checkpoint lacks {len(missing)} tensors of this model, the first {missing[0]!r}: it "
                              "is of another architecture or configuration")
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not in transformers' sense: it would pass over every module without parameters of its own, a mixer too.
+
+        It does so for models whose `_init_weights` might draw loaded tensors anew; ours calls its functions only.
+        """
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -269,7 +277,7 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RecurrentModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.cuda_graph = True  # decode token by token through a CUDA graph, where the model's state is of constant size
+        self.cuda_graph = True  # decode through a CUDA graph, where the model's state is of constant size
         self._decoder = Decoder()
         self.post_init()
 
@@ -348,6 +356,19 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         if cache is not None and cache.length and ids is not None and ids.shape[1] == 1:
             inputs.pop("attention_mask", None)
         return inputs
+
+    @classmethod
+    def from_checkpoint(cls, name_or_path: str | Path, **options: Any) -> RecurrentLM:
+        """A model from a public checkpoint of FLA, transformers or state-spaces; see `lrm_recall.checkpoints.load`."""
+        from lrm_recall.checkpoints import load  # which builds models itself
+
+        return load(name_or_path, **options)
+
+    def to_fla(self, directory: str | Path, **options: Any) -> None:
+        """Write a checkpoint that flash-linear-attention can load; see `lrm_recall.checkpoints.to_fla`."""
+        from lrm_recall.checkpoints import to_fla
+
+        to_fla(self, directory, **options)
 
     def state_size(self, sequence_length: int | None = None) -> int:
         """Elements of recurrent state that one sequence carries, over all layers (StateX, section 3.1)."""

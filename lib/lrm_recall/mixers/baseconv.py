@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from lrm_recall.context import Context
+from lrm_recall.mixers._implicit_filter import FEATURES, check_length, lag_features
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.ops.conv import long_conv, short_conv
 
-_EMBEDDING_DIM = 3  # time, and one complex exponential as two reals
 _FILTER_HIDDEN_DIM = 16
 
 
@@ -44,14 +44,7 @@ class PositionalEmbedding(nn.Module):
     def __init__(self, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        self.register_buffer("z", self.values())
-
-    def values(self) -> Tensor:
-        steps = torch.arange(self.max_length)
-        time = steps / max(self.max_length - 1, 1)
-        # zoology's single band has frequency 1e-4, not 1: linspace(1e-4, bands - 1, bands) with one band
-        phase = 1e-4 * 2 * math.pi * steps / self.max_length
-        return torch.stack((time, phase.cos(), -phase.sin()), dim=-1).unsqueeze(0)  # [1, max_length, 3]
+        self.register_buffer("z", lag_features(max_length))
 
 
 class ImplicitLongConvolution(nn.Module):
@@ -61,26 +54,19 @@ class ImplicitLongConvolution(nn.Module):
         super().__init__()
         self.pos_emb = PositionalEmbedding(max_length)
         self.mlp = nn.Sequential(
-            nn.Linear(_EMBEDDING_DIM, _FILTER_HIDDEN_DIM), nn.ReLU(), nn.Linear(_FILTER_HIDDEN_DIM, hidden_size)
+            nn.Linear(FEATURES, _FILTER_HIDDEN_DIM), nn.ReLU(), nn.Linear(_FILTER_HIDDEN_DIM, hidden_size)
         )
 
     def forward(self, x: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, D] and all inputs before it [B, P, D] to y [B, T, D] and all inputs [B, P + T, D]."""
         T = x.shape[1]
         inputs = x if past is None else torch.cat((past, x), dim=1)
-        length = inputs.shape[1]
-        if length > self.pos_emb.max_length:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than the long convolution's filter: "
-                f"max_length is {self.pos_emb.max_length}"
-            )
-        kernel = self.mlp(self.pos_emb.z[0, :length])  # [P+T, D]
-        if T == 1:
-            return (inputs * kernel.flip(0)).sum(1, keepdim=True) + x, inputs  # [B, 1, D]
-        return long_conv(inputs, kernel)[:, length - T :] + x, inputs
+        check_length(inputs, self.pos_emb.max_length, "max_length")
+        kernel = self.mlp(self.pos_emb.z[0, : inputs.shape[1]])  # [P+T, D]
+        return long_conv(inputs, kernel, outputs=T) + x, inputs
 
     def init_weights(self) -> None:
-        init.copy_(self.pos_emb.z, self.pos_emb.values())
+        init.copy_(self.pos_emb.z, lag_features(self.pos_emb.max_length))
 
 
 class BaseConv(Mixer):

@@ -13,6 +13,7 @@ from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNormGated
 from lrm_recall.ops.gla import gla
+from lrm_recall.ops.linear import project
 
 
 class GLA(Mixer):
@@ -72,20 +73,24 @@ class GLA(Mixer):
         """x [B, T, D] to [B, T, D]. The cache holds `state` [B, H, K, V] fp32."""
         context = context or Context()
         cache = context.cache
-        q, k, log_decay = self.q_proj(x), self.k_proj(x), F.logsigmoid(self.gk_proj(x)) / self.gate_logit_normalizer
+        layers = [self.q_proj, self.k_proj, self.v_proj, self.gk_proj[0]]
+        if x.shape[1] == 1:  # the gate of a long prompt would take memory while the recurrence runs
+            layers.append(self.g_proj)
+        q, k, v, low_rank, *gate = project(x, *layers)
+        log_decay = F.logsigmoid(self.gk_proj[1](low_rank)) / self.gate_logit_normalizer
         if context.mask is not None:
             padding = ~context.mask.unsqueeze(-1)  # [B, T, 1]
             k, log_decay = k.masked_fill(padding, 0), log_decay.masked_fill(padding, 0)
         heads = (self.num_heads, self.head_k_dim)
         q, k, log_decay = q.unflatten(-1, heads), k.unflatten(-1, heads), log_decay.unflatten(-1, heads)  # [B, T, H, K]
-        v = self.v_proj(x).unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]
+        v = v.unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]
 
         state = cache.get("state") if cache else None
         o, state = gla(q, k, v, log_decay, initial_state=state, output_final_state=cache is not None)  # [B, T, H, V]
         if cache is not None:
             cache["state"] = state
-        gate = self.g_proj(x).unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]
-        return self.o_proj(self.g_norm_swish_gate(o, gate).flatten(-2))
+        gate = (gate or [self.g_proj(x)])[0].unflatten(-1, (self.num_heads, self.head_v_dim))  # [B, T, H, V]
+        return project(self.g_norm_swish_gate(o, gate).flatten(-2), self.o_proj)[0]
 
     def state_size(self, sequence_length: int | None = None) -> int:
         """H * K * V, whatever the length (StateX, section 3.2)."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
 from lrm_recall.context import Context
+from lrm_recall.mixers._rates import Rates
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNormGated
 from lrm_recall.ops.conv import short_conv
 from lrm_recall.ops.dispatch import fusion
+from lrm_recall.ops.linear import project
 from lrm_recall.ops.ssd import ssd
 
 
@@ -92,38 +93,38 @@ class Mamba2(Mixer):
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.norm = RMSNormGated(inner, group_size=inner // n_groups, eps=layer_norm_epsilon, norm_before_gate=False)
         self.out_proj = nn.Linear(inner, hidden_size, bias=use_bias)
+        self.rates = Rates()
         self.init_weights(std=0.0)
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]. The cache holds `conv` [B, W - 1, E + 2GN] and `state` [B, H, P, N] fp32."""
         context = context or Context()
         cache = context.cache
-        projected = self.in_proj(x)  # [B, T, 2E + 2GN + H]
-        A = -self.A_log.float().exp()
+        (projected,) = project(x, self.in_proj)  # [B, T, 2E + 2GN + H]
+        A = self.rates(self.A_log)
         if cache is None and context.mask is None and (inner := fusion("mamba2_inner", x)):
             return inner(projected, self.conv1d, self.dt_bias, A, self.D, self.norm, self.out_proj,
                          head_dim=self.head_dim, n_groups=self.n_groups)
         groups = self.n_groups * self.d_state
         gate, xBC, dt = projected.split((self.inner_size, self.inner_size + 2 * groups, self.num_heads), dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias.float())  # [B, T, H]
-        if context.mask is not None:
-            padding = ~context.mask.unsqueeze(-1)  # [B, T, 1]
-            # dt = 0 leaves the state alone; the convolution must see the zeros that stand before a sequence.
-            dt, xBC = dt.masked_fill(padding, 0), xBC.masked_fill(padding, 0)
-
+        padding = None if context.mask is None else ~context.mask.unsqueeze(-1)  # [B, T, 1]
+        if padding is not None:
+            xBC = xBC.masked_fill(padding, 0)  # what a convolution sees before its first input
         weight = self.conv1d.weight.squeeze(1)  # [E + 2GN, W]
         conv_state, state = (cache.get("conv"), cache.get("state")) if cache else (None, None)
         xBC, conv_state = short_conv(xBC, weight, self.conv1d.bias, conv_state, activation="silu")
         z, B, C = xBC.split((self.inner_size, groups, groups), dim=-1)
+        if padding is not None:
+            z = z.masked_fill(padding, 0)  # which writes nothing into the state
         z = z.unflatten(-1, (self.num_heads, self.head_dim))  # [B, T, H, P]
         B, C = (y.unflatten(-1, (self.n_groups, self.d_state)) for y in (B, C))  # [B, T, G, N]
         y, state = ssd(
-            z, dt, A, B, C, self.D,
+            z, dt, A, B, C, self.D, self.dt_bias,
             initial_state=state, chunk_size=self.chunk_size, output_final_state=cache is not None,
         )  # [B, T, H, P]
         if cache is not None:
             cache["conv"], cache["state"] = conv_state, state
-        return self.out_proj(self.norm(y.flatten(-2), gate))
+        return project(self.norm(y.flatten(-2), gate), self.out_proj)[0]
 
     def state_size(self, sequence_length: int | None = None) -> int:
         """H * P * N, whatever the length (StateX, section 3.3, which does not count the convolution's window)."""

@@ -40,6 +40,7 @@ class Library:
         return f"pip install {self.package}"
 
 
+OWN = Library("triton", "lrm_recall.ops.libraries.own")
 FLA = Library("flash-linear-attention", "lrm_recall.ops.libraries.fla")
 MAMBA_SSM = Library("mamba-ssm", "lrm_recall.ops.libraries.mamba_ssm")
 CAUSAL_CONV1D = Library("causal-conv1d", "lrm_recall.ops.libraries.causal_conv1d")
@@ -60,7 +61,8 @@ LIBRARY_OF: dict[str, Library] = {
     "rms_norm_of_gated": MAMBA_SSM,
     "l2_norm": FLA,
     "rotate": FLA,
-    "swiglu_linear": FLA,
+    "linears": OWN,
+    "swiglu": FLA,
     "cross_entropy": FLA,
 }
 

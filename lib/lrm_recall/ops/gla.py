@@ -121,7 +121,7 @@ def gla_chunked(
         initial_state = v.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(dtype)
         states = chunk_scan(decay.mT, writes, v, initial_state)  # [N+1, B, H, K, V]
         o = torch.baddbmm(o.flatten(0, 2), reads.flatten(0, 2), states[:-1].flatten(0, 2)).view(o.shape)
-        state = states[-1]
+        state = states[-1].clone()  # a view would keep the states of all chunks
 
     o = o.permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
     return o.to(out_dtype), state if output_final_state else None

@@ -23,6 +23,7 @@ from torch import Tensor
 from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
 from lrm_recall.ops.dispatch import dispatched
 from lrm_recall.ops.scan import chunk_scan
+from lrm_recall.ops.time_steps import time_steps
 
 
 def ssd_recurrent(
@@ -32,6 +33,7 @@ def ssd_recurrent(
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,7 @@ def ssd_recurrent(
     """
     (batch, T, H, P), (G, N), out_dtype = x.shape, B.shape[-2:], x.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
+    dt = time_steps(dt, dt_bias)
     x, dt, A, B, C = (y.to(dtype) for y in (x, dt, A, B, C))
     B, C = B.repeat_interleave(H // G, dim=2), C.repeat_interleave(H // G, dim=2)  # [B, T, H, N]
     decay, written = (dt * A).exp(), dt.unsqueeze(-1) * x  # [B, T, H], [B, T, H, P]
@@ -90,6 +93,7 @@ def ssd_chunked(
     B: Tensor,
     C: Tensor,
     D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
     chunk_size: int = 64,
@@ -99,10 +103,11 @@ def ssd_chunked(
 
     Args:
         x: [B, T, H, P], any floating dtype, any strides.
-        dt: [B, T, H], after softplus: at least 0.
+        dt: [B, T, H], at least 0; or any number, where dt_bias is given.
         A: [H], at most 0; dt * A may have any finite size.
         B, C: [B, T, G, N], G dividing H.
         D: [H], the skip connection, or None.
+        dt_bias: [H]; if given, the time steps are softplus(dt + dt_bias).
         initial_state: [B, H, P, N]; zeros by default.
         chunk_size: most tokens in a chunk, a power of two.
         output_final_state: False saves the work for a state that nobody reads.
@@ -119,6 +124,7 @@ def ssd_chunked(
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
     if H % G:
         raise ValueError(f"the groups of B and C must divide the heads: got {G} groups, {H} heads")
+    dt = time_steps(dt, dt_bias)
     if T == 1 and initial_state is not None:
         y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, initial_state)
         return y.unsqueeze(1), state  # [B, 1, H, P]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from fla.modules.activations import swiglu_linear as fla_swiglu_linear
+import torch.nn.functional as F
+from fla.modules.activations import swiglu_linear
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.norm.fused_norm_gate import rms_norm_gated
 from fla.modules.norm.l2norm import l2norm
@@ -16,6 +17,9 @@ from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 from torch import Tensor
 
+from lrm_kernels import step
+from lrm_kernels.matvec import MOST_ROWS, matvec, matvec_swiglu
+from lrm_kernels.row_norm import row_norm
 from lrm_recall.ops.dispatch import Unsupported
 
 _DELTA_RULE_KEYS = 256  # widest head of chunk_delta_rule
@@ -27,6 +31,23 @@ def _recurrent(x: Tensor) -> bool:
     return x.shape[1] == 1 or (x.shape[1] <= _SHORT and not torch.is_grad_enabled())
 
 
+def _decoding(x: Tensor, state: Tensor | None) -> bool:
+    """Whether x [B, T, H, K] is a token to be decoded, and our own kernel can take it."""
+    return x.shape[1] == 1 and state is not None and not torch.is_grad_enabled() and step.fits(x.shape[-1])
+
+
+def _step(q, k, v, state, scale, **terms):
+    """One token through our own kernel, the state changed in place: o [B, 1, H, V] and the state."""
+    terms = {name: term[:, 0] for name, term in terms.items()}
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return step.step(q[:, 0], k[:, 0], v[:, 0], state, scale=scale, **terms).unsqueeze(1), state
+
+
+def _one_token(x: Tensor) -> bool:
+    """Whether x [B, T, ...] is a token of a few sequences to be decoded."""
+    return x.dim() > 2 and x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and not torch.is_grad_enabled()
+
+
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise Unsupported(f"its kernels take float32, float16 and bfloat16, not {x.dtype}")
@@ -34,6 +55,8 @@ def _check_dtype(x: Tensor) -> None:
 
 def gla(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
     _check_dtype(v)
+    if _decoding(q, initial_state):
+        return _step(q, k, v, initial_state, scale, log_decay=log_decay)
     options = dict(scale=scale, initial_state=initial_state, output_final_state=output_final_state)
     if _recurrent(q):
         return fused_recurrent_gla(q, k, v, gk=log_decay, **options)
@@ -42,6 +65,8 @@ def gla(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, ou
 
 def delta_rule(q, k, v, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
     _check_dtype(v)
+    if _decoding(q, initial_state):
+        return _step(q, k, v, initial_state, scale, beta=beta)
     _check_keys(q)
     run = fused_recurrent_delta_rule if _recurrent(q) else chunk_delta_rule
     return run(q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state)
@@ -51,6 +76,8 @@ def gated_delta_rule(
     q, k, v, log_decay, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True
 ):
     _check_dtype(v)
+    if _decoding(q, initial_state):
+        return _step(q, k, v, initial_state, scale, log_decay=log_decay, beta=beta)
     _check_keys(q)
     run = fused_recurrent_gated_delta_rule if _recurrent(q) else chunk_gated_delta_rule
     return run(q, k, v, g=log_decay, beta=beta, scale=scale, initial_state=initial_state,
@@ -64,6 +91,8 @@ def _check_keys(q: Tensor) -> None:
 
 def retention(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
     _check_dtype(v)
+    if _decoding(q, initial_state):
+        return _step(q, k, v, initial_state, scale, log_decay=log_decay.expand(*q.shape[:3]))
     run = fused_recurrent_simple_gla if _recurrent(q) else chunk_simple_gla
     return run(q, k, v, g_gamma=log_decay, scale=scale, initial_state=initial_state,
                output_final_state=output_final_state)
@@ -78,17 +107,21 @@ def rwkv5(r, k, v, log_decay, bonus, *, initial_state=None, chunk_size=64, outpu
 
 def rms_norm(x, weight, eps):
     _check_dtype(x)
-    return fla_rms_norm(x, weight, None, eps=eps)
+    return row_norm(x, weight, eps) if _one_token(x) else fla_rms_norm(x, weight, None, eps=eps)
 
 
 def add_rms_norm(x, stream, weight, eps):
     _check_dtype(x)
+    if _one_token(x):
+        return row_norm(x, weight, eps, residual=stream)
     return fla_rms_norm(x, weight, None, residual=stream, eps=eps, prenorm=True,
                         residual_in_fp32=stream.dtype == torch.float32)
 
 
 def gated_rms_norm(x, gate, weight, eps):
     _check_dtype(x)
+    if _one_token(x):
+        return row_norm(x, weight, eps, gate=gate)
     return rms_norm_gated(x, gate, weight, None, eps=eps)
 
 
@@ -105,9 +138,11 @@ def rotate(x, cos, sin):
     return turned.view_as(x)
 
 
-def swiglu_linear(gate, up, weight):
-    _check_dtype(gate)
-    return fla_swiglu_linear(gate, up, weight, None)
+def swiglu(x, gate, up, down):
+    _check_dtype(x)
+    if _one_token(x):
+        return matvec(matvec_swiglu(x, gate, up), [down])[0]
+    return swiglu_linear(F.linear(x, gate), F.linear(x, up), down, None)
 
 
 def cross_entropy(logits, labels):

@@ -8,30 +8,34 @@ from mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 
+from lrm_kernels.matvec import MOST_ROWS
+from lrm_kernels.row_norm import row_norm
 from lrm_recall.ops.dispatch import Unsupported
 
 _CHUNK = 256  # tokens in a chunk of the SSD kernels: the size that they were tuned for
 _SCAN_STATES = 256  # most state channels of the selective scan
 
 
-def ssd(x, dt, A, B, C, D=None, *, initial_state=None, chunk_size=64, output_final_state=True):
+def ssd(x, dt, A, B, C, D=None, dt_bias=None, *, initial_state=None, chunk_size=64, output_final_state=True):
     if x.dtype == torch.float64:
         raise Unsupported("its kernels do not take float64")
     if x.shape[1] == 1 and initial_state is not None and not torch.is_grad_enabled():
-        return _ssd_step(x, dt, A, B, C, D, initial_state)
-    out = mamba_chunk_scan_combined(x, dt, A, B, C, _CHUNK, D=D, initial_states=initial_state,
-                                    return_final_states=output_final_state)
+        return _ssd_step(x, dt, A, B, C, D, dt_bias, initial_state)
+    out = mamba_chunk_scan_combined(x, dt, A, B, C, _CHUNK, D=D, dt_bias=dt_bias, dt_softplus=dt_bias is not None,
+                                    initial_states=initial_state, return_final_states=output_final_state)
     return out if output_final_state else (out, None)
 
 
-def _ssd_step(x, dt, A, B, C, D, state):
+def _ssd_step(x, dt, A, B, C, D, dt_bias, state):
     """One token, the state changed in place."""
     heads = state.shape[:3]  # B, H, P
-    dt = dt[:, 0].unsqueeze(-1).expand(heads)
-    A = A.view(-1, 1, 1).expand(state.shape[1:])  # [H, P, N]
+    softplus = dt_bias is not None
+    dt_bias = A.new_zeros(1).expand(heads[1:]) if dt_bias is None else dt_bias.unsqueeze(-1).expand(heads[1:])
     D = None if D is None else D.unsqueeze(-1).expand(heads[1:])
-    no_bias = A.new_zeros(1).expand(heads[1:])  # the kernel asks for a bias of dt
-    y = selective_state_update(state, x[:, 0], dt, A, B[:, 0], C[:, 0], D, dt_bias=no_bias)  # [B, H, P]
+    y = selective_state_update(
+        state, x[:, 0], dt[:, 0].unsqueeze(-1).expand(heads), A.view(-1, 1, 1).expand(state.shape[1:]),
+        B[:, 0], C[:, 0], D, dt_bias=dt_bias, dt_softplus=softplus,
+    )  # [B, H, P]
     return y.unsqueeze(1), state
 
 
@@ -76,4 +80,8 @@ def mamba_inner(projected, conv, x_proj, dt_proj, out_proj, A, D):
 def rms_norm_of_gated(x, gate, weight, eps, group_size):
     if x.dtype == torch.float64:
         raise Unsupported("its kernels do not take float64")
+    if x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and not torch.is_grad_enabled():
+        groups = (x.shape[-1] // group_size, group_size)
+        y = row_norm(x.unflatten(-1, groups), weight, eps, gate=gate.unflatten(-1, groups), gate_first=True)
+        return y.view_as(x)
     return rmsnorm_fn(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)

@@ -33,4 +33,4 @@ def _choice(op: str, device: str) -> tuple[str, str]:
     if backend() == "torch":
         return "torch", f"{BACKEND_VARIABLE}=torch"
     adapter, why = find_adapter(op)
-    return ("torch", why) if adapter is None else (why, "a kernel; shapes that it cannot take run in torch, with a warning")
+    return ("torch", why) if adapter is None else (why, "a kernel; what it cannot take runs in torch, with a warning")
