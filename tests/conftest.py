@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # our kernels run on a CPU too; read when Triton is first imported
 
 from lrm_recall import RecurrentLM, RecurrentLMConfig
+
+collect_ignore_glob = []
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob.append("kernels/*")  # `make test-kernels` installs it
+if not torch.cuda.is_available():
+    collect_ignore_glob.append("gpu/*")
 
 torch.set_num_threads(1)  # the suite runs in several processes
 
@@ -57,3 +64,9 @@ def resona(request) -> str:
 @pytest.fixture
 def model(mixer, resona) -> RecurrentLM:
     return make_model(mixer, resona)
+
+
+@pytest.fixture
+def device() -> str:
+    """Where our kernels are tested: on a GPU, or interpreted on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

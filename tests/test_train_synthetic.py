@@ -44,7 +44,7 @@ def without_seconds(history: list[dict]) -> list[dict]:
 def test_resona_learns_what_its_base_does_not():
     base, resona = run_mqar(small()), run_mqar(small(resona=RESONA))
     assert base["metrics"]["accuracy"] < 0.5
-    assert resona["metrics"]["accuracy"] > 0.9
+    assert resona["metrics"]["accuracy"] > 0.8
     for result in (base, resona):
         assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
         assert result["metrics"]["sequence_accuracy"] <= result["metrics"]["accuracy"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+import triton
 from fla.modules.activations import swiglu_linear
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.norm.fused_norm_gate import rms_norm_gated
@@ -22,7 +23,10 @@ from lrm_kernels.matvec import MOST_ROWS, matvec, matvec_swiglu
 from lrm_kernels.row_norm import row_norm
 from lrm_recall.ops.dispatch import Unsupported
 
+_TRITON = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
 _DELTA_RULE_KEYS = 256  # widest head of chunk_delta_rule
+# flash-linear-attention's issue 640: there the library refuses to run, and our torch form takes over
+_WRONG_GRADIENTS = (3, 4) <= _TRITON < (3, 7, 1) and torch.cuda.get_device_capability()[0] == 9
 _SHORT = 64  # up to here, and without gradients, the recurrent kernel is quicker than the chunked one
 
 
@@ -67,7 +71,7 @@ def delta_rule(q, k, v, beta, *, scale=None, initial_state=None, chunk_size=64, 
     _check_dtype(v)
     if _decoding(q, initial_state):
         return _step(q, k, v, initial_state, scale, beta=beta)
-    _check_keys(q)
+    _check_delta(q, v)
     run = fused_recurrent_delta_rule if _recurrent(q) else chunk_delta_rule
     return run(q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state)
 
@@ -78,15 +82,19 @@ def gated_delta_rule(
     _check_dtype(v)
     if _decoding(q, initial_state):
         return _step(q, k, v, initial_state, scale, log_decay=log_decay, beta=beta)
-    _check_keys(q)
+    _check_delta(q, v)
+    if torch.is_grad_enabled() and _WRONG_GRADIENTS:
+        raise Unsupported(f"its gradients are wrong on a Hopper GPU with Triton {triton.__version__} (below 3.7.1)")
     run = fused_recurrent_gated_delta_rule if _recurrent(q) else chunk_gated_delta_rule
     return run(q, k, v, g=log_decay, beta=beta, scale=scale, initial_state=initial_state,
                output_final_state=output_final_state)
 
 
-def _check_keys(q: Tensor) -> None:
+def _check_delta(q: Tensor, v: Tensor) -> None:
     if q.shape[-1] > _DELTA_RULE_KEYS:
         raise Unsupported(f"its delta rule takes at most {_DELTA_RULE_KEYS} key channels per head, got {q.shape[-1]}")
+    if v.dtype == torch.float32 and not _recurrent(q):
+        raise Unsupported("its chunked delta rule takes float16 and bfloat16, not float32")
 
 
 def retention(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
@@ -132,6 +140,7 @@ def l2_norm(x, eps=1e-6):
 
 def rotate(x, cos, sin):
     _check_dtype(x)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     if cos.shape[0] == 1:
         return rotary_embedding(x, cos[0], sin[0])
     turned = rotary_embedding(x.flatten(0, 1).unsqueeze(0), cos.flatten(0, 1), sin.flatten(0, 1))  # [1, B * T, H, K]

@@ -55,16 +55,16 @@ def selective_scan(
         raise Unsupported("its kernels do not take float64")
     if A.shape[-1] > _SCAN_STATES:
         raise Unsupported(f"it takes at most {_SCAN_STATES} state channels, got {A.shape[-1]}")
-    D, dt_bias = (y if y is None else y.float() for y in (D, dt_bias))
     if x.shape[1] == 1 and initial_state is not None and not torch.is_grad_enabled():
         y = selective_state_update(initial_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D,
-                                   None if gate is None else gate[:, 0], dt_bias, dt_softplus=True)  # [B, E]
-        return y.unsqueeze(1), initial_state  # changed in place
+                                   None if gate is None else gate[:, 0], dt_bias, dt_softplus=dt_bias is not None)
+        return y.unsqueeze(1), initial_state  # [B, 1, E]; the state is changed in place
     if initial_state is not None:
         raise Unsupported("its scan cannot begin from a state")
     gate = None if gate is None else gate.mT
-    y = selective_scan_fn(x.mT, dt.mT, A, B.mT.contiguous(), C.mT.contiguous(), D, gate, dt_bias, delta_softplus=True,
-                          return_last_state=output_final_state)  # [B, E, T]
+    D, bias = (y if y is None else y.float() for y in (D, dt_bias))
+    y = selective_scan_fn(x.mT, dt.mT, A, B.mT.contiguous(), C.mT.contiguous(), D, gate, bias,
+                          delta_softplus=dt_bias is not None, return_last_state=output_final_state)  # [B, E, T]
     y, state = y if output_final_state else (y, None)
     return y.mT, state
 
