@@ -1,7 +1,9 @@
 # make workbook   run every notebook on this machine's CPU (PROFILE=smoke unless told otherwise)
 # make test       the tests
+# make test-browser   the walkthroughs in JupyterLab, driven by a headless Chromium; screenshots in build/browser
 # make lab        JupyterLab
 # make bench      the recurrences, side by side with what a user would pick instead
+# make bench-sliders   from a slider's move to its figure, for every control of the walkthroughs
 # make check      lint; notebooks paired and stripped; parameter files valid
 
 PROFILE ?= smoke
@@ -9,13 +11,17 @@ PYTHON  ?= python3
 VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
+BROWSER := $(VENV)/.browser
+
+# For test-browser: CHROMIUM=/path names a program; otherwise one of these, or Debian's package where root may install it
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
 # On Linux PyPI's torch brings gigabytes of CUDA; PyTorch's own index has the CPU build. For a GPU: make TORCH_INDEX= ...
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(PIP_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu))
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: workbook test lab bench check clean
+.PHONY: workbook test test-browser chromium lab bench bench-sliders check clean
 
 workbook: $(READY)
 	$(BIN)/lrm-recall run --profile $(PROFILE) $(ARGS)
@@ -23,11 +29,23 @@ workbook: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+test-browser: $(BROWSER) chromium
+	$(BIN)/python -m pytest tests/browser -n 2 -rs $(ARGS)
+
+chromium:
+	@if [ -n "$(CHROMIUM)" ]; then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium; \
+	else echo "Chromium is missing: install it (Debian: apt install chromium) or set CHROMIUM=/path/to/it" >&2; exit 1; fi
+
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python bench/recurrences.py $(ARGS)
+
+bench-sliders: $(READY)
+	$(BIN)/python bench/sliders.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -39,5 +57,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(BROWSER): $(READY)
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[browser]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) outputs/smoke outputs/results/*.smoke.jsonl
+	rm -rf $(VENV) build/browser outputs/smoke outputs/results/*.smoke.jsonl

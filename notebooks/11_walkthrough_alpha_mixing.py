@@ -55,8 +55,7 @@ from lrm_recall.teach.alpha_forgetting import forget
 from lrm_recall.teach.alpha_search import influence, search_sentence
 
 print(provenance.describe(provenance.snapshot(), profile=profile, seeds=[seed]))
-if INTERACTIVE:
-    torch.set_num_threads(1)  # small tensors: a second thread would only make the sliders wait
+torch.set_num_threads(1)  # small tensors: a second thread is no help, and on a busy machine it is waited for
 
 # %% [markdown]
 # ## 1. Watch a state forget
@@ -80,7 +79,7 @@ show(opening)
 
 # %%
 if INTERACTIVE:
-    explore(lambda pairs, decay: state_forgets(forget(decay=decay), [pairs]), pairs=(1, 48),
+    explore(lambda pairs=8, decay=1.0: state_forgets(forget(decay=decay), [pairs]), pairs=(1, 48),
             decay=[1.0, 0.98, 0.95, 0.9])
 
 # %% [markdown]
@@ -103,7 +102,7 @@ show(sentence)
 
 
 # %%
-def draw_search(chunk_size):
+def draw_search(chunk_size=3):
     """The sentence, cut and searched anew."""
     found = search_sentence(chunk_size=chunk_size)
     return search_map(found.words, found.cosines, found.chosen, chunk_size, f"A sentence in chunks of {chunk_size}")
@@ -130,8 +129,8 @@ for position in (7, 8):
 outputs, tokens = np.indices(reach.shape)
 assert ((reach > 0) == ((tokens // 4 + 1) * 4 <= outputs)).all()  # what moves is what the rule allows, cell by cell
 if INTERACTIVE:
-    explore(lambda position, chunk_size: chunk_lights_up(influence(16, chunk_size), chunk_size, position),
-            position=(0, 15), chunk_size=[4, 2, 3, 5, 8])
+    explore(lambda position=7, chunk_size=4: chunk_lights_up(influence(16, chunk_size), chunk_size, position),
+            position=(0, 15), chunk_size=[2, 3, 4, 5, 8])
 
 # %% [markdown]
 # ## 4. Integrate: a tiny model that has learned to look
@@ -178,7 +177,7 @@ alphas = np.linspace(0, 1, 21).round(2).tolist()
 table = teach.recall_by_alpha(model, alphas, pairs, num_examples, 2**31 + seed)
 
 
-def draw_alpha(alpha):
+def draw_alpha(alpha=0.5):
     """The three panels at one alpha."""
     return figures.alpha_slider(table, alphas, pairs, example, roles, alpha)
 

@@ -70,7 +70,7 @@ show(cold_open)
 
 # %%
 if INTERACTIVE:
-    explore(remembered_picture, num_heads=[4, 8, 2, 1], num_pairs=list(range(16, 0, -1)))
+    explore(remembered_picture, num_heads=[8, 4, 2, 1], num_pairs=(1, 16))
 
 # %% [markdown]
 # **Before you read on:** at how many rows would four heads still be perfect?
@@ -89,7 +89,7 @@ show(signature)
 
 # %%
 if INTERACTIVE:
-    explore(state_matrices, num_heads=[4, 8, 2, 1], num_pairs=(1, 24))
+    explore(state_matrices, num_heads=[8, 4, 2, 1], num_pairs=(1, 24))
 
 # %% [markdown]
 # **Identity.** Take the red cells away again, and the merged head *is* the four heads, at every step, with forgetting
@@ -138,7 +138,7 @@ Markdown(capacity_markdown(rows[0]))
 
 # %%
 if INTERACTIVE:
-    explore(lambda marked: capacity(history, tuple(reversed(HEADS)), marked), marked=(1, 32))
+    explore(lambda marked=16: capacity(history, tuple(reversed(HEADS)), marked), marked=(1, 32))
 
 # %% [markdown]
 # Trained models go on beyond the limit because they need not be exact: an answer counts when the right value is the
@@ -157,7 +157,7 @@ show(control)
 
 # %%
 if INTERACTIVE:
-    explore(controls, num_heads=[4, 8, 2], num_pairs=list(range(16, 33)))
+    explore(controls, num_heads=[8, 4, 2], num_pairs=(16, 32))
 
 # %% [markdown]
 # Neither is. What counts is how many *different directions* the keys have to write in.

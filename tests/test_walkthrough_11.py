@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from walkthrough_controls import combinations, controls
 
 from lrm_recall.figures import alpha_mixing as figures
 from lrm_recall.figures.alpha_exercises import gate_drawn, mask_drawn
@@ -183,7 +184,15 @@ def test_shuffled_chunks_are_causal_wrong_and_no_help(model, data):
         assert none == teach.recall(model, data)  # no chunk is the base model
 
 
-# --- every control over its full range
+# --- every control over its full range, which is read from the notebook
+
+
+@pytest.fixture(scope="module")
+def ranges(notebook):
+    """Control -> values of each interactive figure: forgetting, search, the causal rule, alpha."""
+    found = controls(notebook)
+    assert [list(of) for of in found] == [["pairs", "decay"], ["chunk_size"], ["position", "chunk_size"], ["alpha"]]
+    return found
 
 
 def alphas() -> list[float]:
@@ -196,11 +205,11 @@ def table():
     return generator.random((21, 5))
 
 
-def test_the_alpha_slider_draws_each_of_its_values(table, traces):
+def test_the_alpha_slider_draws_each_of_its_values(ranges, table, traces):
     roles = teach.role_of(traces[0], 8)
     drawn = set()
-    for step in range(21):
-        alpha = 0.05 * step  # as ipywidgets counts, with rounding
+    assert len(ranges[3]["alpha"]) == 21 and ranges[3]["alpha"][-1] == pytest.approx(1)
+    for step, alpha in enumerate(ranges[3]["alpha"]):
         figure = figures.alpha_slider(table, alphas(), [2, 4, 8, 12, 16], traces[0], roles, alpha)
         assert f"alpha {alpha:.2f}" in alt_text(figure) and f"2 pairs {table[step, 0]:.2f}" in alt_text(figure)
         if step % 5 == 0:  # 0.0, 0.25, 0.5, 0.75, 1.0
@@ -220,38 +229,38 @@ def test_the_branches_drawn_are_weighed_by_alpha(table, traces):
     np.testing.assert_allclose(heights[0][:2], example.mixed[:2], rtol=1e-5)  # nothing to retrieve yet
 
 
-def test_the_forgetting_sliders_draw_each_of_their_values():
-    for decay in (1.0, 0.98, 0.95, 0.9):
+def test_the_forgetting_sliders_draw_each_of_their_values(ranges):
+    numbers, decays = ranges[0].values()
+    for decay in decays:
         story = forget(decay=decay, draws=8)
-        for pairs in range(1, 49) if decay == 1 else (1, 48):
+        for pairs in numbers if decay == decays[0] else numbers[:: len(numbers) - 1]:
             assert f"{story.errors[pairs - 1]:.2f} after {pairs};" in alt_text(state_forgets(story, [pairs]))
     png(state_forgets(story, [1, 8, 32]))
     with pytest.raises(ValueError, match="49"):
         state_forgets(story, [49])
 
 
-def test_the_search_slider_draws_each_of_its_values():
+def test_the_search_slider_draws_each_of_its_values(ranges):
     drawn = set()
-    for chunk_size in range(1, 9):
+    for chunk_size in ranges[1]["chunk_size"]:
         found = search_sentence(chunk_size=chunk_size)
         figure = search_map(found.words, found.cosines, found.chosen, chunk_size, "title")
         assert f"chunks of {chunk_size}" in alt_text(figure)
         drawn.add(png(figure))
-    assert len(drawn) == 8
+    assert len(drawn) == len(ranges[1]["chunk_size"])
 
 
-def test_the_causal_sliders_draw_each_of_their_values():
-    for chunk_size in (2, 3, 4, 5, 8):
-        reach = influence(16, chunk_size)
-        for position in range(16) if chunk_size == 4 else (0, chunk_size - 1, chunk_size, 15):
-            count = position // chunk_size
-            said = alt_text(chunk_lights_up(reach, chunk_size, position))
-            assert f"reads {count} complete" in said if count else "reads no chunk" in said
+def test_the_causal_sliders_draw_each_of_their_values(ranges):
+    reach = {chunk_size: influence(16, chunk_size) for chunk_size in ranges[2]["chunk_size"]}
+    for at in combinations(ranges[2]):
+        count = at["position"] // at["chunk_size"]
+        said = alt_text(chunk_lights_up(reach[at["chunk_size"]], **at))
+        assert f"reads {count} complete chunk{'s' * (count > 1)}," in said if count else "reads no chunk" in said
     with pytest.raises(ValueError, match="16"):
-        chunk_lights_up(reach, 8, 16)
+        chunk_lights_up(reach[8], 8, 16)
 
 
-def test_all_text_is_at_least_eight_points(table, traces):
+def test_all_text_is_at_least_eight_points_at_the_width_that_github_shows(table, traces):
     example, roles = traces[0], teach.role_of(traces[0], 8)
     found = search_sentence()
     drawn = [
@@ -267,6 +276,7 @@ def test_all_text_is_at_least_eight_points(table, traces):
 
     for figure in drawn:
         assert alt_text(figure) and png(figure)
+        assert 96 * figure.get_figwidth() <= 800  # pixels: GitHub does not shrink it
         assert all(text.get_fontsize() >= 8 for text in figure.findobj(Text) if text.get_text().strip())
 
 

@@ -33,7 +33,7 @@ def state_forgets(story: Forgetting, pairs: Sequence[int]) -> Figure:
     rows = len(pairs)
     height = 1.35 * rows + 1.05 if rows > 1 else 3.1
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, height))
+        figure = Figure(figsize=(8.3, height))
         grid = figure.add_gridspec(rows, 3, width_ratios=(1.05, 1.75, 2.5), left=0.075, right=0.985,
                                    top=1 - 0.62 / height, bottom=0.48 / height, wspace=0.3, hspace=0.4)
         scale = np.quantile(np.abs(story.states[-1]), 0.98)  # the same for every number of pairs
@@ -53,7 +53,7 @@ def state_forgets(story: Forgetting, pairs: Sequence[int]) -> Figure:
         axes.plot(steps, story.expected, color="#8c8c8c", linestyle="--", linewidth=1.4, label="formula")
         axes.plot(steps, story.errors, color="#0173b2", linewidth=2, label="measured in the state")
         axes.plot(list(pairs), story.errors[np.asarray(pairs) - 1], "o", color="#d55e00", markersize=8,
-                  markeredgecolor="#1a1a1a")
+                  markeredgecolor="#1a1a1a", clip_on=False, zorder=3)
         axes.axhline(1, color="#1a1a1a", linewidth=0.8, linestyle=":")
         axes.annotate("as wrong as answering nothing", (written, 1), xytext=(0, -4), textcoords="offset points",
                       va="top", ha="right", fontsize=8)

@@ -49,7 +49,7 @@ def alpha_slider(table: np.ndarray, alphas: Sequence[float], pairs: Sequence[int
     if alphas[-1] != 1:
         raise ValueError(f"the last alpha must be 1, the base model, got {alphas[-1]:g}")
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, 5.4))
+        figure = Figure(figsize=(8.3, 5.4))
         grid = figure.add_gridspec(2, 2, width_ratios=(3, 2), left=0.075, right=0.975, top=0.875, bottom=0.125,
                                    wspace=0.2, hspace=0.52)
         _accuracies(figure.add_subplot(grid[0, 0]), table, alphas, pairs, row)
@@ -73,7 +73,7 @@ def trained_apart_or_together(curves: Mapping[str, np.ndarray], alphas: Sequence
         trained_at: the alpha that all were trained at.
     """
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, 2.7), layout="constrained")
+        figure = Figure(figsize=(8.3, 2.7), layout="constrained")
         axes = figure.subplots()
         for index, (name, values) in enumerate(curves.items()):
             axes.plot(alphas, values, marker="os"[index % 2], markersize=5, color=("#0173b2", "#3b3b3b")[index % 2],
@@ -99,7 +99,7 @@ def learned_alpha(example: Trace, roles: Sequence[str], by_role: Mapping[str, np
     """
     markers = dict(zip(_ROLES, ("o", "s", "D", "."), strict=True))
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, 3.1), layout="constrained")
+        figure = Figure(figsize=(8.3, 3.1), layout="constrained")
         line, spread = figure.subplots(1, 2, width_ratios=(3, 1.3), sharey=True)
         line.vlines(range(len(roles)), 0.5, example.alpha, color="#8c8c8c", linewidth=1)
         for role in _ROLES:
@@ -134,7 +134,7 @@ def shuffled_control(accuracies: Mapping[str, float], chance: float) -> Figure:
         chance: the accuracy of guessing one of the values.
     """
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, 0.42 * len(accuracies) + 0.95), layout="constrained")
+        figure = Figure(figsize=(8.3, 0.42 * len(accuracies) + 0.95), layout="constrained")
         axes = figure.subplots()
         for y, value in enumerate(accuracies.values()):
             axes.barh(y, value, height=0.58, **(RETRIEVED if y else MIXED))

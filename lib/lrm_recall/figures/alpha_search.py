@@ -36,7 +36,7 @@ def search_map(labels: Sequence[str], cosines: np.ndarray, chosen: np.ndarray, c
     height = max(2.6, 0.2 * chunks + 1.55)
     longest = max(map(len, names))
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, height))
+        figure = Figure(figsize=(8.3, height))
         left = min(0.36, 0.03 + 0.0088 * longest)
         axes = figure.add_axes((left, 0.82 / height, 0.93 - left, 1 - 1.22 / height))
         image = axes.imshow(np.ma.array(cosines.T, mask=hidden), cmap="Greys", vmin=0, vmax=1, aspect="auto")
@@ -75,7 +75,7 @@ def chunk_lights_up(reach: np.ndarray, chunk_size: int, position: int) -> Figure
         raise ValueError(f"position must lie between 0 and {length - 1}, got {position}")
     lit = int(np.count_nonzero(reach[position]))
     with mpl.rc_context(theme()):
-        figure = Figure(figsize=(8.4, 3.6))
+        figure = Figure(figsize=(8.3, 3.6))
         strip = figure.add_axes((0.03, 0.1, 0.44, 0.7))
         _strip(strip, reach, length, chunk_size, position)
         axes = figure.add_axes((0.585, 0.14, 0.37, 0.68))
@@ -90,9 +90,11 @@ def chunk_lights_up(reach: np.ndarray, chunk_size: int, position: int) -> Figure
         figure.text(0.012, 0.97, f"Position {position} can read {lit // chunk_size} complete "
                                  f"chunk{'s' * (lit // chunk_size != 1)} of {chunk_size}", va="top",
                     fontweight="bold", fontsize=11)
-    return describe(figure, f"Causal rule with chunks of {chunk_size}: position {position} reads {lit // chunk_size} "
-                            f"complete chunks, tokens 0 to {lit - 1}." if lit else
-                            f"Causal rule with chunks of {chunk_size}: position {position} reads no chunk yet.")
+    reads = "no chunk yet"
+    if lit:
+        reads = f"{lit // chunk_size} complete chunk{'s' * (lit > chunk_size)}, tokens 0 to {lit - 1}"
+    return describe(figure, f"Causal rule with chunks of {chunk_size}: position {position} reads {reads}. Left, the "
+                            f"chunks of {length} tokens; right, which outputs move when one token is replaced.")
 
 
 def _strip(axes: Axes, reach: np.ndarray, length: int, chunk_size: int, position: int) -> None:

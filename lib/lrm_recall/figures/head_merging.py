@@ -40,6 +40,11 @@ def heads(number: int) -> str:
     return "one head" if number == 1 else f"{number} heads"
 
 
+def pairs_of(number: int) -> str:
+    """ "1 pair", "4 pairs"."""
+    return f"{number} pair{'s' * (number != 1)}"
+
+
 def remembered_picture(num_heads: int = 4, num_pairs: int = 16) -> Figure:
     """Sixteen pairs whose values are the rows of a picture: as stored, and as read back from two states.
 
@@ -53,7 +58,7 @@ def remembered_picture(num_heads: int = 4, num_pairs: int = 16) -> Figure:
     if not 1 <= num_pairs <= CHANNELS[0]:
         raise ValueError(f"num_pairs must lie between 1 and {CHANNELS[0]}, got {num_pairs}")
     values = picture()[:num_pairs]  # [N, 32]
-    panels, lost = [(f"what was stored\n{num_pairs} pairs of key and value", values)], []
+    panels, lost = [(f"what was stored\n{pairs_of(num_pairs)} of key and value", values)], []
     for number in (num_heads, 1):
         key_dim, value_dim = (split_channels(width, number) for width in CHANNELS)
         keys = make_keys("best", num_pairs, number, key_dim)
@@ -69,10 +74,12 @@ def remembered_picture(num_heads: int = 4, num_pairs: int = 16) -> Figure:
             shown = torch.full((16, CHANNELS[1]), float("nan"))
             shown[:num_pairs] = rows / rows.abs().max().clamp_min(1e-6)
             axes.imshow(shown.numpy(), cmap="Greys", vmin=-1, vmax=1, interpolation="nearest")
+            if num_pairs < 16:  # rows that were not stored are not white: white is what the picture is without ink
+                axes.axhspan(num_pairs - 0.5, 15.5, facecolor="#f4f4f4", edgecolor="#c4c4c4", hatch="////", linewidth=0)
             axes.set(xticks=[], yticks=[], title=title)
             axes.grid(False)
-    return describe(figure, f"{num_pairs} rows of a picture of the words MERGE STATE, stored as values under as many "
-                            f"keys, and read back. Of what was stored, {', '.join(lost)}.")
+    return describe(figure, f"The first {num_pairs} of 16 rows of a picture of the words MERGE STATE, stored as values "
+                            f"under as many keys, and read back. Of what was stored, {', '.join(lost)}.")
 
 
 @cache
@@ -95,8 +102,7 @@ def state_matrices(num_heads: int = 4, num_pairs: int = 6) -> Figure:
     mask = block_mask(num_heads, *(split_channels(width, num_heads) for width in CHANNELS))
     top = merged.max().item()
     with mpl.rc_context(theme()):
-        figure = new_figure(7.0, 2.75)
-        figure.set_layout_engine("none")  # a constrained layout takes half the time that a slider has
+        figure = Figure(figsize=(7.0, 2.75))  # a layout engine takes half the time that a slider has
         left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"left": 0.075, "right": 0.985, "bottom": 0.165,
                                                                       "top": 0.915, "wspace": 0.07})
         _matrix(left, separate, mask, num_heads, top)
@@ -108,11 +114,12 @@ def state_matrices(num_heads: int = 4, num_pairs: int = 6) -> Figure:
         for axes in (left, right):
             axes.set_xlabel(f"{CHANNELS[1]} value channels")
     same = (separate - merged)[mask].abs().max().item()
-    return describe(figure, f"Two matrices of {CHANNELS[0]} key by {CHANNELS[1]} value channels after {num_pairs} "
-                            f"pairs, darker for larger magnitude. Left, {heads(num_heads)}: {num_heads} blocks on the "
-                            f"diagonal, {reach} of {whole} cells; the rest is hatched, out of reach. Right, the heads "
-                            f"merged: the same blocks (largest difference {same:.0e}), and off the diagonal "
-                            f"{whole - reach} cells more, in red.")
+    outside = ("; the rest is hatched, out of reach", f", and off the diagonal {whole - reach} cells more, in red")
+    beside, gained = outside if num_heads > 1 else ("", "")
+    return describe(figure, f"Two matrices of {CHANNELS[0]} key by {CHANNELS[1]} value channels after "
+                            f"{pairs_of(num_pairs)}, darker for larger magnitude. Left, {heads(num_heads)}: {reach} of "
+                            f"{whole} cells in blocks on the diagonal{beside}. Right, the heads merged: the same "
+                            f"blocks (largest difference {same:.0e}){gained}.")
 
 
 def _matrix(axes: Axes, state: Tensor, mask: Tensor, num_heads: int, top: float) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lrm_recall.figures.display import describe
-from lrm_recall.figures.head_merging import CHANNELS, heads
+from lrm_recall.figures.head_merging import CHANNELS, heads, pairs_of
 from lrm_recall.figures.style import new_figure, theme
 from lrm_recall.teach.head_merging import compare_controls, error_limit, measured_error
 
@@ -40,8 +40,7 @@ def capacity(history: Sequence[Mapping[str, Any]], num_heads: Sequence[int] = (4
     curves = {number: {entry["pairs"]: entry["accuracy"] for entry in history
                        if entry["curve"] == "pairs" and entry["name"] == str(number)} for number in num_heads}
     with mpl.rc_context(theme()):
-        figure = new_figure(7.0, 3.1)
-        figure.set_layout_engine("none")  # a constrained layout takes half the time that a slider has
+        figure = Figure(figsize=(7.0, 3.1))  # a layout engine takes half the time that a slider has
         left, right = figure.subplots(1, 2, sharex=True, gridspec_kw={"left": 0.075, "right": 0.985, "bottom": 0.24,
                                                                       "top": 0.925, "wspace": 0.19})
         for number in num_heads:
@@ -61,7 +60,7 @@ def capacity(history: Sequence[Mapping[str, Any]], num_heads: Sequence[int] = (4
             sns.despine(ax=axes)
         right.axhline(BROKEN, color="#8c8c8c", linewidth=0.8, linestyle=":", zorder=0)
         at = ", ".join(f"{error_limit(marked, CHANNELS[0] // number):.2f}" for number in num_heads)
-        left.set(title=f"values lost; limit at {marked} pairs: {at}", ylabel="share of the values lost")
+        left.set(title=f"values lost; limit at {pairs_of(marked)}: {at}", ylabel="share of the values lost")
         right.set(title="trained models: questions answered right", ylabel="accuracy")
         models = [Line2D([], [], color=LOOKS[n][0], linestyle=LOOKS[n][2], marker=LOOKS[n][1], markersize=5,
                          label=heads(n)) for n in num_heads]
@@ -138,8 +137,8 @@ def _limit_mark(axes: Axes, pairs: int, colour: str, marker: str) -> None:
 def _capacity_in_words(curves: Mapping[int, Mapping[int, float]], num_heads: Sequence[int], marked: int) -> str:
     lines = []
     for number in num_heads:
-        line = (f"{heads(number)}: nothing need be lost up to {CHANNELS[0] // number} pairs; at {marked} pairs the "
-                f"limit is {error_limit(marked, CHANNELS[0] // number):.2f}")
+        line = (f"{heads(number)}: nothing need be lost up to {CHANNELS[0] // number} pairs; at "
+                f"{pairs_of(marked)} the limit is {error_limit(marked, CHANNELS[0] // number):.2f}")
         if curve := curves[number]:
             line += f"; the trained model stays at {BROKEN} or above up to {pairs_before_break(curve)} pairs"
         lines.append(line)
