@@ -2,7 +2,7 @@
 
     S = exp(log_decay) S                       decay by head or by key channel, or none
     S = S + beta k (v - S^T k)^T               with beta: the delta rule;  without: S + k v^T
-    o = scale * S^T q
+    o = scale * S^T q                          q and k brought to unit length before, if asked for
 
 The libraries' kernels write the new state elsewhere and split the key channels over programs whose results a second
 kernel adds up; for one token the launches cost more than the work. Here a program holds all key channels of a few
@@ -18,16 +18,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_NORM_EPS = 1e-6
 _MOST_KEYS = 1024  # of a head, held by one program; the merged head of a 1.3B GLA has 1,024
 _ELEMENTS = 4096  # of the state in one program, or two value channels where the keys are many
 
 
 def step_reference(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float = 1.0, l2_norm: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `step` computes, in plain torch: o [B, H, V] in v's dtype, and the new state."""
-    q, k, value = q.float() * scale, k.float(), v.float()
+    q, k, value = q.float(), k.float(), v.float()
+    if l2_norm:
+        q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + _NORM_EPS) for x in (q, k))
+    q = q * scale
     if log_decay is not None:
         decay = log_decay.float().exp()
         state = state * (decay.unsqueeze(-1) if decay.dim() == 3 else decay[..., None, None])
@@ -42,7 +46,8 @@ def _step_kernel(
     q, k, v, state, log_decay, beta, o, scale,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_db, stride_dh, stride_bb, stride_bh,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    DECAY_BY_KEY: tl.constexpr, DECAY_BY_HEAD: tl.constexpr, DELTA: tl.constexpr,
+    DECAY_BY_KEY: tl.constexpr, DECAY_BY_HEAD: tl.constexpr, DELTA: tl.constexpr, L2_NORM: tl.constexpr,
+    EPS: tl.constexpr,
 ):  # fmt: skip
     values = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1).to(tl.int64)
@@ -52,8 +57,12 @@ def _step_kernel(
     here = here_k[:, None] & here_v[None, :]
     place = state + head * K * V + keys[:, None] * V + values[None, :]
     S = tl.load(place, mask=here, other=0.0)  # [BLOCK_K, BLOCK_V]
-    query = tl.load(q + b * stride_qb + h * stride_qh + keys, mask=here_k, other=0.0).to(tl.float32) * scale
+    query = tl.load(q + b * stride_qb + h * stride_qh + keys, mask=here_k, other=0.0).to(tl.float32)
     key = tl.load(k + b * stride_kb + h * stride_kh + keys, mask=here_k, other=0.0).to(tl.float32)
+    if L2_NORM:
+        query *= tl.rsqrt(tl.sum(query * query, axis=0) + EPS)
+        key *= tl.rsqrt(tl.sum(key * key, axis=0) + EPS)
+    query *= scale
     value = tl.load(v + b * stride_vb + h * stride_vh + values, mask=here_v, other=0.0).to(tl.float32)
     if DECAY_BY_KEY:
         decay = tl.load(log_decay + b * stride_db + h * stride_dh + keys, mask=here_k, other=0.0).to(tl.float32)
@@ -76,7 +85,7 @@ def fits(K: int) -> bool:
 
 def step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, log_decay: Tensor | None = None, beta: Tensor | None = None,
-    scale: float = 1.0,
+    scale: float = 1.0, l2_norm: bool = False,
 ) -> Tensor:  # fmt: skip
     """One token; the state is changed in place.
 
@@ -84,8 +93,9 @@ def step(
         q, k: [B, H, K]; v: [B, H, V]; their last dimension contiguous.
         state: [B, H, K, V] fp32, contiguous.
         log_decay: [B, H, K] or [B, H]; none by default.
-        beta: [B, H] for the delta rule, whose keys are expected at unit length.
+        beta: [B, H] for the delta rule, whose keys should be of unit length.
         scale: of the queries.
+        l2_norm: bring queries and keys to unit length first.
 
     Returns:
         o [B, H, V] in v's dtype.
@@ -107,6 +117,7 @@ def step(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *decay.stride()[:2], *rate.stride()[:2],
         H=H, K=K, V=V, BLOCK_K=block_k, BLOCK_V=block_v,
         DECAY_BY_KEY=log_decay is not None and log_decay.dim() == 3,
-        DECAY_BY_HEAD=log_decay is not None and log_decay.dim() == 2, DELTA=beta is not None, num_warps=4,
+        DECAY_BY_HEAD=log_decay is not None and log_decay.dim() == 2, DELTA=beta is not None,
+        L2_NORM=l2_norm, EPS=_NORM_EPS, num_warps=4,
     )  # fmt: skip
     return o

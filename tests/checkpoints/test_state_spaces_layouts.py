@@ -97,7 +97,7 @@ class Runs:
 
 
 @pytest.mark.parametrize(
-    "content", [Runs(), {"weight": Runs()}, [1, 2], b"broken"], ids=["object", "object in a mapping", "list", "no pickle"]
+    "content", [Runs(), {"weight": Runs()}, [1, 2], b"broken"], ids=["object", "mapping", "list", "no pickle"]
 )
 def test_a_pickle_of_anything_but_tensors(tmp_path, content):
     _, config, _ = make("mamba2")

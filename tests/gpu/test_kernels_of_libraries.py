@@ -58,10 +58,12 @@ def test_forward_and_gradients(name, dtype, T, padding, monkeypatch):
             parameters = [p for p in layer.parameters() if p.requires_grad]
             gradients = torch.autograd.grad((y.float() * weight).sum(), [x, *parameters], allow_unused=True)
         results[form] = [y, *gradients]
-    for actual, expected in zip(*results.values(), strict=True):
+    # Of one token, RMSNorm takes out the length of what the keys read: gradients that cancel are left to rounding.
+    largest = max(expected.norm().item() for expected in results["torch"][1:] if expected is not None)
+    for i, (actual, expected) in enumerate(zip(*results.values(), strict=True)):
         assert (actual is None) == (expected is None)
-        if expected is not None and expected.norm() > 1e-4:
-            assert_close(actual.float(), expected.float(), TOLERANCE[dtype])
+        if expected is not None:
+            assert_close(actual.float(), expected.float(), TOLERANCE[dtype], f"result {i}", 0.05 * largest * (i > 0))
 
 
 @pytest.mark.parametrize("name", MIXERS)

@@ -37,6 +37,14 @@ def test_step(device, rule, dtype, B, H, K, V):
     assert_close(state, new_state)
 
 
+def test_queries_and_keys_brought_to_unit_length(device):
+    q, k, v, state, terms = drawn(device, torch.float32, 2, 3, 20, 8, "gated delta rule")
+    expected, new_state = step_reference(q, k, v, state, scale=0.3, **terms)  # they are of unit length
+    o = step(3 * q, 0.5 * k, v, state, scale=0.3, l2_norm=True, **terms)
+    assert_close(o, expected)
+    assert_close(state, new_state)
+
+
 def test_takes_slices_of_a_projection(device):
     q, k, v, state, terms = drawn(device, torch.float32, 2, 3, 8, 8, "decay by key")
     joined = torch.cat([x.flatten(1) for x in (q, k, v)], dim=-1)  # [B, 3 * H * K]

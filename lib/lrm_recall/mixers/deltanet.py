@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
-from lrm_recall.norms import RMSNorm, RMSNormGated, l2_norm
+from lrm_recall.norms import RMSNorm, RMSNormGated
 from lrm_recall.ops.conv import short_conv
 from lrm_recall.ops.delta_rule import delta_rule
 from lrm_recall.ops.linear import project
@@ -25,10 +25,7 @@ _ACTIVATIONS = {
     "elu": lambda x: F.elu(x) + 1,
     "identity": lambda x: x,
 }
-_QK_NORMS = {
-    "l2": l2_norm,
-    "sum": lambda x: F.normalize(x, p=1, dim=-1, eps=1e-6),
-}
+_QK_NORMS = ("l2", "sum")
 
 
 class DeltaMixer(Mixer):
@@ -95,17 +92,17 @@ class DeltaMixer(Mixer):
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **state: Any
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the rule.
 
         Args:
-            q, k: [B, T, num_heads, K], normalised.
+            q, k: [B, T, num_heads, K].
             v: [B, T, H, V].
             beta: [B, T, H], 0 on padding.
             x: [B, T, D], the layer's input, 0 on padding.
             padding: [B, T, 1] bool, or None where there is none.
-            state: what every op takes, initial_state and output_final_state.
+            options: of the op: l2_norm, initial_state, output_final_state.
 
         Returns:
             o [B, T, H, V], and the state after the last token [B, H, K, V] if it was asked for.
@@ -126,7 +123,6 @@ class DeltaMixer(Mixer):
         q = self._convolve(q, "q_conv", self.qk_activation, cache).unflatten(-1, (-1, self.head_k_dim))
         k = self._convolve(k, "k_conv", self.qk_activation, cache).unflatten(-1, (-1, self.head_k_dim))
         v = self._convolve(v, "v_conv", "silu", cache).unflatten(-1, (-1, self.head_v_dim))
-        norm = _QK_NORMS[self.qk_norm]
         beta = beta[0].sigmoid() if beta else x.new_ones(*x.shape[:2], self.num_v_heads)  # [B, T, H]
         if self.allow_neg_eigval:
             beta = 2 * beta
@@ -134,8 +130,11 @@ class DeltaMixer(Mixer):
             beta = beta.masked_fill(padding, 0)  # neither reads the state nor writes it
 
         state = cache.get("state") if cache else None
+        if self.qk_norm == "sum":
+            q, k = (F.normalize(y, p=1, dim=-1, eps=1e-6) for y in (q, k))
         o, state = self.recur(
-            norm(q), norm(k), v, beta, x, padding, initial_state=state, output_final_state=cache is not None
+            q, k, v, beta, x, padding,
+            l2_norm=self.qk_norm == "l2", initial_state=state, output_final_state=cache is not None,
         )  # [B, T, H, V]
         if cache is not None:
             cache["state"] = state
@@ -222,9 +221,9 @@ class DeltaNet(DeltaMixer):
         )
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **state: Any
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        return delta_rule(q, k, v, beta, **state)
+        return delta_rule(q, k, v, beta, **options)
 
 
 def _channels_per_head(hidden_size: int, option: str, expand: float, num_heads: int) -> int:

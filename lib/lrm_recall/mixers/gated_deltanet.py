@@ -84,7 +84,7 @@ class GatedDeltaNet(DeltaMixer):
         self._init_decay()
 
     def recur(
-        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **state: Any
+        self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, x: Tensor, padding: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         if self.num_v_heads > self.num_heads:
             shared_by = self.num_v_heads // self.num_heads
@@ -93,7 +93,7 @@ class GatedDeltaNet(DeltaMixer):
         log_decay = -self.A_log.float().exp() * dt
         if padding is not None:
             log_decay = log_decay.masked_fill(padding, 0)
-        return gated_delta_rule(q, k, v, log_decay, beta, **state)
+        return gated_delta_rule(q, k, v, log_decay, beta, **options)
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)

@@ -100,7 +100,8 @@ class SelectiveSSM(nn.Module):
             x = x.masked_fill(padding, 0)  # which writes nothing into the state
         dt, B, C = project(x, self.x_proj)[0].split((self.time_step_rank, self.d_state, self.d_state), dim=-1)
         dt, B, C = self.dt_layernorm(dt), self.B_layernorm(B), self.C_layernorm(C)  # [B, T, R or N]
-        dt = F.linear(dt, self.dt_proj.weight)  # [B, T, E]; its bias is added in fp32, by the scan
+        weight = self.dt_proj.weight  # its bias is added by the scan, in fp32
+        dt = (weight @ dt.mT).mT if x.is_cuda else F.linear(dt, weight)  # [B, T, E]; the GPU's scan reads along T
         y, state = selective_scan(
             x, dt, self.rates(self.A_log), B, C, self.D, gate, self.dt_proj.bias,
             initial_state=state, output_final_state=cache is not None,

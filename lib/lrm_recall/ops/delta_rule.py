@@ -64,16 +64,18 @@ def delta_rule_chunked(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    l2_norm: bool = False,
     chunk_size: int = 64,
     output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The same recurrence as matrix products over chunks of tokens (DeltaNet, section 3).
 
     Args:
-        q, k: [B, T, H, K], any floating dtype, any strides; the keys no longer than 1.
+        q, k: [B, T, H, K], any floating dtype, any strides; the keys no longer than 1, or `l2_norm`.
         v: [B, T, H, V].
         beta: [B, T, H], from 0 to 2.
         scale: of the outputs; K**-0.5 by default.
+        l2_norm: bring queries and keys to unit length first.
         initial_state: [B, H, K, V]; zeros by default.
         chunk_size: most tokens in a chunk.
         output_final_state: whether the state is returned.
@@ -93,6 +95,7 @@ def delta_rule_chunked(
         beta,
         scale=scale,
         initial_state=initial_state,
+        l2_norm=l2_norm,
         chunk_size=chunk_size,
         output_final_state=output_final_state,
     )

@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from lrm_recall.ops.decay import decay_after
 from lrm_recall.ops.dispatch import dispatched
+from lrm_recall.ops.norm import l2_norm_torch
 
 
 def gated_delta_rule_recurrent(
@@ -107,17 +108,19 @@ def gated_delta_rule_chunked(
     *,
     scale: float | None = None,
     initial_state: Tensor | None = None,
+    l2_norm: bool = False,
     chunk_size: int = 64,
     output_final_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The same recurrence as matrix products over chunks of tokens (Gated DeltaNet, section 3.3).
 
     Args:
-        q, k: [B, T, H, K], any floating dtype, any strides; the keys no longer than 1.
+        q, k: [B, T, H, K], any floating dtype, any strides; the keys no longer than 1, or `l2_norm`.
         v: [B, T, H, V].
         log_decay: [B, T, H], finite, at most 0, of any size.
         beta: [B, T, H], from 0 to 2.
         scale: of the outputs; K**-0.5 by default.
+        l2_norm: bring queries and keys to unit length first.
         initial_state: [B, H, K, V]; zeros by default.
         chunk_size: most tokens in a chunk.
         output_final_state: whether the state is returned.
@@ -134,6 +137,8 @@ def gated_delta_rule_chunked(
     (B, T, H, K), V, out_dtype = q.shape, v.shape[-1], v.dtype
     dtype = torch.promote_types(out_dtype, torch.float32)
     scale = K**-0.5 if scale is None else scale
+    if l2_norm:
+        q, k = l2_norm_torch(q), l2_norm_torch(k)
     if initial_state is None:
         initial_state = v.new_zeros(B, H, K, V, dtype=dtype)
     elif T == 1:

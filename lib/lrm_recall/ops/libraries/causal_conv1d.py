@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from causal_conv1d import causal_conv1d_fn
 
+from lrm_kernels.conv_step import conv_step
 from lrm_recall.ops.dispatch import Unsupported
 
 _TAPS = range(2, 5)
@@ -13,13 +14,13 @@ _ALIGNED = 8  # channels: the kernel reads 16 bytes at once
 
 def short_conv(x, weight, bias=None, state=None, *, activation=None):
     D, W = weight.shape
+    if x.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
+        y = conv_step(x[:, 0], state, weight, bias, silu=activation == "silu")  # [B, D]; changes the state in place
+        return y.unsqueeze(1), state
     if W not in _TAPS:
         raise Unsupported(f"it takes 2 to 4 taps, got {W}")
     if x.dtype == torch.float64:
         raise Unsupported("its kernels do not take float64")
-    if x.shape[1] == 1 and state is not None and not torch.is_grad_enabled():
-        y = causal_conv1d_update(x[:, 0], state.mT, weight, bias, activation)  # [B, D]; the state is changed in place
-        return y.unsqueeze(1), state
     if D % _ALIGNED:
         raise Unsupported(f"its channels must be a multiple of {_ALIGNED}, got {D}")
     if x.stride(1) % _ALIGNED or x.stride(2) != 1:

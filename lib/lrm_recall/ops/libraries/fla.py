@@ -40,11 +40,12 @@ def _decoding(x: Tensor, state: Tensor | None) -> bool:
     return x.shape[1] == 1 and state is not None and not torch.is_grad_enabled() and step.fits(x.shape[-1])
 
 
-def _step(q, k, v, state, scale, **terms):
+def _step(q, k, v, state, scale, l2_norm=False, **terms):
     """One token through our own kernel, the state changed in place: o [B, 1, H, V] and the state."""
     terms = {name: term[:, 0] for name, term in terms.items()}
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return step.step(q[:, 0], k[:, 0], v[:, 0], state, scale=scale, **terms).unsqueeze(1), state
+    o = step.step(q[:, 0], k[:, 0], v[:, 0], state, scale=scale, l2_norm=l2_norm, **terms)
+    return o.unsqueeze(1), state
 
 
 def _one_token(x: Tensor) -> bool:
@@ -67,27 +68,30 @@ def gla(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, ou
     return chunk_gla(q, k, v, log_decay, **options)
 
 
-def delta_rule(q, k, v, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
-    _check_dtype(v)
-    if _decoding(q, initial_state):
-        return _step(q, k, v, initial_state, scale, beta=beta)
-    _check_delta(q, v)
-    run = fused_recurrent_delta_rule if _recurrent(q) else chunk_delta_rule
-    return run(q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state)
-
-
-def gated_delta_rule(
-    q, k, v, log_decay, beta, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True
+def delta_rule(
+    q, k, v, beta, *, scale=None, initial_state=None, l2_norm=False, chunk_size=64, output_final_state=True
 ):
     _check_dtype(v)
     if _decoding(q, initial_state):
-        return _step(q, k, v, initial_state, scale, log_decay=log_decay, beta=beta)
+        return _step(q, k, v, initial_state, scale, l2_norm, beta=beta)
+    _check_delta(q, v)
+    run = fused_recurrent_delta_rule if _recurrent(q) else chunk_delta_rule
+    return run(q, k, v, beta, scale=scale, initial_state=initial_state, output_final_state=output_final_state,
+               use_qk_l2norm_in_kernel=l2_norm)
+
+
+def gated_delta_rule(
+    q, k, v, log_decay, beta, *, scale=None, initial_state=None, l2_norm=False, chunk_size=64, output_final_state=True
+):
+    _check_dtype(v)
+    if _decoding(q, initial_state):
+        return _step(q, k, v, initial_state, scale, l2_norm, log_decay=log_decay, beta=beta)
     _check_delta(q, v)
     if torch.is_grad_enabled() and _WRONG_GRADIENTS:
         raise Unsupported(f"its gradients are wrong on a Hopper GPU with Triton {triton.__version__} (below 3.7.1)")
     run = fused_recurrent_gated_delta_rule if _recurrent(q) else chunk_gated_delta_rule
     return run(q, k, v, g=log_decay, beta=beta, scale=scale, initial_state=initial_state,
-               output_final_state=output_final_state)
+               output_final_state=output_final_state, use_qk_l2norm_in_kernel=l2_norm)
 
 
 def _check_delta(q: Tensor, v: Tensor) -> None:
