@@ -1,4 +1,4 @@
-"""What the autotuning modes leave of a kernel's configurations; each mode in a process of its own, since it is global."""
+"""What the autotuning modes leave of a kernel's configurations; a mode is global, so each has a process of its own."""
 
 import json
 import os

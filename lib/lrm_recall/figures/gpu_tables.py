@@ -1,0 +1,145 @@
+"""The tables of docs/gpu.md, from the rows that bench/gpu_*.py stored: `python -m lrm_recall.figures.gpu_tables`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lrm_recall.figures.tables import NOTHING, markdown
+from lrm_recall.results import ResultStore, profile_path
+from lrm_recall.rows import Row
+
+_TASKS = {"train": "training step", "prefill": "prefill", "generate": "129 tokens by `generate`"}
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+def models_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Ours beside flash-linear-attention's class: milliseconds, peak memory, ratios; the newest run of each pair."""
+    pairs: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        config = row["config"]
+        if row["experiment"] == "bench_gpu_models" and config["task"] in _TASKS:
+            pairs.setdefault((config["model"], config["task"], config["length"]), {})[config["side"]] = row
+    lines = []
+    for (model, task, length), sides in sorted(pairs.items(), key=lambda item: _order(item[0])):
+        ours, theirs = sides["ours"]["metrics"], sides["fla"]["metrics"]
+        lines.append({
+            "model, 1.3B": model, "task": _TASKS[task], "tokens": f"{length:,}",
+            "ours, ms": f"{ours['ms']:.0f}", "FLA, ms": f"{theirs['ms']:.0f}",
+            "ratio": f"{ours['ms'] / theirs['ms']:.3f}",
+            "ours, MB": f"{ours['peak_mb']:,.0f}", "FLA, MB": f"{theirs['peak_mb']:,.0f}",
+            "memory ratio": f"{ours['peak_mb'] / theirs['peak_mb']:.3f}",
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def decoding_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """128 steps after a prompt of 2K, the prompt's own time taken off; the floor is reading the weights 128 times."""
+    lines = {}
+    for row in rows:
+        if row["experiment"] == "bench_gpu_models" and row["config"]["task"] == "generate":
+            lines.setdefault(row["config"]["model"], {})[row["config"]["side"]] = row["metrics"]
+    return pd.DataFrame([
+        {"model, 1.3B": model, "ours, ms": f"{sides['ours']['decode_ms']:.0f}",
+         "FLA, ms": f"{sides['fla']['decode_ms']:.0f}",
+         "floor, ms": f"{sides['ours']['floor_ms']:.0f}",
+         "times faster": f"{sides['fla']['decode_ms'] / sides['ours']['decode_ms']:.0f}"}
+        for model, sides in sorted(lines.items())
+    ])  # fmt: skip
+
+
+def parity_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Relative errors of the same weights in our class and in the library's, and of both against our torch form."""
+    found = {}
+    for row in rows:
+        config = row["config"]
+        if row["experiment"] == "gpu_parity":
+            found[config["model"], config["library"], config["dtype"]] = row["metrics"]
+    lines = []
+    for (model, library, dtype), metrics in sorted(found.items()):
+        lines.append({
+            "model": model, "library": library, "dtype": _DTYPES[dtype],
+            "logits": _error(metrics, "logits, ours vs theirs"),
+            "worst gradient": _gradient(metrics, "ours", "theirs"),
+            "same tokens": _share(metrics.get("same tokens")),
+            "ours against fp32 torch: logits": _error(metrics, "logits, ours vs oracle"),
+            "gradient": _gradient(metrics, "ours", "oracle"),
+            "theirs against it: logits": _error(metrics, "logits, theirs vs oracle"),
+            "gradient ": _gradient(metrics, "theirs", "oracle"),
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def statex_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """A training step of an expanded model at 64K tokens."""
+    return pd.DataFrame([
+        {"model, 1.3B": config["model"], "layers expanded": str(config["expanded_layers"]),
+         "tokens": f"{config['length']:,}",
+         "state, elements": f"{metrics['state']:,.0f}", "ms": f"{metrics['ms']:,.0f}",
+         "peak GB": f"{metrics['peak_gb']:.1f}"}
+        for config, metrics in ((row["config"], row["metrics"]) for row in rows if row["experiment"] == "bench_statex")
+    ])  # fmt: skip
+
+
+def cold_start_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Seconds to the first forward and backward of GLA 1.3B, with no kernel compiled before."""
+    return pd.DataFrame([
+        {"autotuning": row["config"]["autotune"], "first forward, s": f"{row['metrics']['forward_s']:.1f}",
+         "first backward, s": f"{row['metrics']['backward_s']:.1f}", "both, s": f"{row['metrics']['first_step_s']:.1f}"}
+        for row in rows if row["experiment"] == "bench_cold_start"
+    ])  # fmt: skip
+
+
+TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
+    "models": models_table,
+    "decoding": decoding_table,
+    "parity": parity_table,
+    "statex": statex_table,
+    "cold start": cold_start_table,
+}
+
+
+def fill(page: str, rows: Sequence[Row]) -> str:
+    """The page with each table drawn anew between `<!-- table: name -->` and `<!-- end -->`."""
+    def draw(place: re.Match) -> str:
+        return f"{place[1]}\n{markdown(TABLES[place[2]](rows))}\n{place[3]}"
+
+    return re.sub(r"(<!-- table: ([a-z ]+) -->)\n.*?(<!-- end -->)", draw, page, flags=re.DOTALL)
+
+
+def _order(key: tuple[str, str, int]) -> tuple[str, int, int]:
+    model, task, length = key
+    return model, list(_TASKS).index(task), length
+
+
+def _error(metrics: dict[str, float], name: str) -> str:
+    value = metrics.get(name)
+    return NOTHING if value is None else "0" if value == 0 else f"{value:.0e}"
+
+
+def _gradient(metrics: dict[str, float], a: str, b: str) -> str:
+    """The worst of all gradients; nothing where one side has computed only some of them."""
+    count, complete = metrics.get(f"gradients, {a} vs {b}"), metrics.get("gradients, ours vs oracle")
+    if count is None or (complete and count < 0.8 * complete):
+        return NOTHING
+    return _error(metrics, f"gradients, worst, {a} vs {b}")
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{100 * value:.0f} %"
+
+
+def main() -> None:
+    """Draw the tables of docs/gpu.md anew."""
+    root = Path(__file__).resolve().parents[3]
+    page = root / "docs" / "gpu.md"
+    results = root / "outputs" / "results"
+    rows = [row for group in ("bench", "parity") for row in ResultStore(profile_path(results, group, "h100")).rows()]
+    page.write_text(fill(page.read_text(), rows))
+
+
+if __name__ == "__main__":
+    main()
