@@ -1,8 +1,10 @@
 # make workbook   run every notebook on this machine's CPU (PROFILE=smoke unless told otherwise)
 # make test       the tests
+# make test-kernels   our Triton kernels, interpreted on the CPU, and what flash-linear-attention's classes write
 # make test-browser   the walkthroughs in JupyterLab, driven by a headless Chromium; screenshots in build/browser
 # make lab        JupyterLab
 # make bench      the recurrences, side by side with what a user would pick instead
+# make bench-gpu  models of 1.3B beside the libraries' own, parity, StateX at 64K, cold start; needs a GPU (docs/gpu.md)
 # make bench-sliders   from a slider's move to its figure, for every control of the walkthroughs
 # make check      lint; notebooks paired and stripped; parameter files valid
 
@@ -12,6 +14,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
+KERNELS := $(VENV)/kernels
 
 # For test-browser: CHROMIUM=/path names a program; otherwise one of these, or Debian's package where root may install it
 CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
@@ -21,13 +24,16 @@ TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(PIP_FIND_LINKS),,--
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: workbook test test-browser chromium lab bench bench-sliders check clean
+.PHONY: workbook test test-kernels test-browser chromium lab bench bench-gpu bench-sliders check clean
 
 workbook: $(READY)
 	$(BIN)/lrm-recall run --profile $(PROFILE) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-kernels: $(KERNELS)
+	PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/kernels tests/checkpoints/test_fla_classes.py -rs $(ARGS)
 
 test-browser: $(BROWSER) chromium
 	$(BIN)/python -m pytest tests/browser -n 2 -rs $(ARGS)
@@ -44,6 +50,12 @@ lab: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/recurrences.py $(ARGS)
 
+bench-gpu:
+	$(BIN)/python bench/gpu_models.py $(ARGS)
+	$(BIN)/python bench/gpu_parity.py $(ARGS)
+	$(BIN)/python bench/gpu_statex.py $(ARGS)
+	$(BIN)/python bench/gpu_cold_start.py quick $(ARGS)
+
 bench-sliders: $(READY)
 	$(BIN)/python bench/sliders.py $(ARGS)
 
@@ -56,6 +68,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[dev]'
 	touch $@
+
+# Beside the environment, not in it: with these transformers would take paths that need a GPU.
+$(KERNELS): $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial -c constraints.txt triton flash-linear-attention fla-core einops
+	rm -rf $@ && mv $@.partial $@
 
 $(BROWSER): $(READY)
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[browser]'

@@ -1,10 +1,12 @@
 """The recurrences side by side with what one would use instead, in one run: `make bench`.
 
-GLA and Mamba2's SSD, chunked against the token-by-token oracle; the whole Mamba2 layer against transformers' torch
-path on the same weights, at its default chunk size and at ours. Repeats are interleaved, so that a busy moment hits
-every variant; medians are reported. Peak memory is what one pass adds to a process of its own. The floor is the
-operations of the chunked form's products (the causal half of each square, backward twice the forward) over the
-speed of a large matrix product measured in the same run. Rows go to outputs/results/bench.<profile>.jsonl.
+Every recurrence, chunked against the token-by-token oracle; the whole Mamba2 layer against transformers' torch path on
+the same weights, at its default chunk size and at ours; a Hyena layer against itself with one FFT over the sequence, as
+zoology and mad-lab have it, which lets rounding of later tokens reach earlier ones. Repeats are interleaved, so that a
+busy moment hits every variant; medians are reported. Peak memory is what one pass adds to a process of its own. The
+floor is the operations of the chunked form's products (the causal half of each square, backward twice the forward) over
+the speed of a large matrix product measured in the same run; 0 where the work is not products. Rows go to
+outputs/results/bench.<profile>.jsonl.
 """
 
 from __future__ import annotations
@@ -28,13 +30,21 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers looks for kernels on the hub; here it must not
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import logsigmoid, normalize, softplus
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
 from lrm_recall.code_hash import code_hash
+from lrm_recall.mixers import hyena as hyena_module
 from lrm_recall.mixers.mamba2 import Mamba2
+from lrm_recall.ops.delta_rule import delta_rule_chunked, delta_rule_recurrent
+from lrm_recall.ops.gated_delta_rule import gated_delta_rule_chunked, gated_delta_rule_recurrent
 from lrm_recall.ops.gla import gla_chunked, gla_recurrent
+from lrm_recall.ops.retention import multi_scale_log_decay, retention_chunked, retention_recurrent
+from lrm_recall.ops.rwkv4 import rwkv4_chunked, rwkv4_recurrent
+from lrm_recall.ops.rwkv5 import rwkv5_chunked, rwkv5_recurrent
+from lrm_recall.ops.selective_scan import selective_scan_chunked, selective_scan_recurrent
 from lrm_recall.ops.ssd import ssd_chunked, ssd_recurrent
 from lrm_recall.provenance import machine
 from lrm_recall.results import ResultStore, make_row, profile_path
@@ -43,11 +53,21 @@ ROOT = Path(__file__).resolve().parents[1]
 BATCH, LENGTH, HIDDEN = 1, 2048, 512
 GLA = {"heads": 4, "key": 64, "value": 128}  # GLA(512): expand_k 0.5, expand_v 1
 SSD = {"heads": 16, "head": 64, "state": 128}  # Mamba2(512): expand 2, one group
-CHUNK = 64  # the default of both chunked forms
-CODE = ("lrm_recall.ops.gla", "lrm_recall.ops.ssd", "lrm_recall.mixers.mamba2")
+DELTA = {"heads": 4, "key": 128, "value": 128}  # DeltaNet and Gated DeltaNet
+RETENTION = {"heads": 8, "key": 64, "value": 128}  # RetNet(512)
+RWKV5 = {"heads": 8, "key": 64, "value": 64}
+SCAN = {"channels": 1024, "state": 16}  # Mamba(512): expand 2
+HYENA = {"batch": 8, "hidden_size": 128}  # as zoology's MQAR models
+CHUNK = 64  # the default of the chunked forms whose work is products
+SHAPES = {"gla": GLA, "delta": DELTA, "gated_delta": DELTA, "retention": RETENTION, "rwkv5": RWKV5,
+          "rwkv4": {"channels": HIDDEN}, "scan": SCAN, "hyena": HYENA}  # fmt: skip
+CODE = ("lrm_recall.ops.gla", "lrm_recall.ops.ssd", "lrm_recall.mixers.mamba2", "lrm_recall.mixers.hyena",
+        "lrm_recall.ops.gated_delta_rule", "lrm_recall.ops.retention", "lrm_recall.ops.rwkv4", "lrm_recall.ops.rwkv5",
+        "lrm_recall.ops.selective_scan")  # fmt: skip
+RECURRENCES = ("gla", "ssd", "delta", "gated_delta", "retention", "rwkv5", "rwkv4", "scan")
 TARGETS = [  # (variant, what it is held against, by how much it must be faster)
-    ("gla chunked", "gla recurrent", 10.0),
-    ("ssd chunked", "ssd recurrent", 10.0),
+    *((f"{name} chunked", f"{name} recurrent", 10.0) for name in RECURRENCES),
+    ("hyena ours", "hyena one FFT", 1 / 1.5),
     ("mamba2 ours", "mamba2 transformers, chunk 256", 1.0),
     ("mamba2 ours", "mamba2 transformers, chunk 64", 1.0),
 ]
@@ -55,7 +75,7 @@ TARGETS = [  # (variant, what it is held against, by how much it must be faster)
 
 @dataclass
 class Variant:
-    """One thing to time: `forward()` gives a tensor that depends on `parameters`; `operations` of one forward."""
+    """One thing to time: `forward()` gives a tensor that depends on `parameters`; `operations` of its products."""
 
     forward: Callable[[], Tensor]
     parameters: list[Tensor]
@@ -73,10 +93,68 @@ class Variant:
 def gla(form: Callable) -> Variant:
     H, K, V = GLA.values()
     q, k, v = (torch.randn(BATCH, LENGTH, H, width) for width in (K, K, V))
-    log_decay = nn.functional.logsigmoid(torch.randn(BATCH, LENGTH, H, K)) / 16
+    log_decay = logsigmoid(torch.randn(BATCH, LENGTH, H, K)) / 16
     inputs = [x.requires_grad_() for x in (q, k, v, log_decay)]
     operations = BATCH * LENGTH * H * (CHUNK * (K + V) + 4 * K * V)
     return Variant(lambda: form(*inputs)[0], inputs, operations)
+
+
+def delta(form: Callable, gated: bool) -> Variant:
+    H, K, V = DELTA.values()
+    q, k = (normalize(torch.randn(BATCH, LENGTH, H, K), dim=-1) for _ in range(2))
+    v, beta = torch.randn(BATCH, LENGTH, H, V), torch.rand(BATCH, LENGTH, H)
+    decay = [-softplus(torch.randn(BATCH, LENGTH, H) - 3)] if gated else []
+    inputs = [x.requires_grad_() for x in (q, k, v, *decay, beta)]
+    return Variant(lambda: form(*inputs)[0], inputs, BATCH * LENGTH * H * (CHUNK * (3 * K + 2 * V) + 6 * K * V))
+
+
+def retention(form: Callable) -> Variant:
+    H, K, V = RETENTION.values()
+    inputs = [torch.randn(BATCH, LENGTH, H, width, requires_grad=True) for width in (K, K, V)]
+    operations = BATCH * LENGTH * H * (CHUNK * (K + V) + 4 * K * V)
+    return Variant(lambda: form(*inputs, multi_scale_log_decay(H))[0], inputs, operations)
+
+
+def rwkv5(form: Callable) -> Variant:
+    H, K, V = RWKV5.values()
+    r, k, v = (torch.randn(BATCH, LENGTH, H, width) for width in (K, K, V))
+    inputs = [x.requires_grad_() for x in (r, k, v, -torch.randn(H, K).exp() / 8, torch.randn(H, K))]
+    return Variant(lambda: form(*inputs)[0], inputs, BATCH * LENGTH * H * (CHUNK * (K + V) + 4 * K * V))
+
+
+def rwkv4(form: Callable) -> Variant:
+    k, v = torch.randn(2, BATCH, LENGTH, HIDDEN).unbind()
+    inputs = [x.requires_grad_() for x in (torch.randn(HIDDEN), torch.randn(HIDDEN), k, v)]
+    return Variant(lambda: form(*inputs)[0], inputs, 0.0)
+
+
+def scan(form: Callable) -> Variant:
+    E, N = SCAN.values()
+    x, dt = torch.randn(BATCH, LENGTH, E), torch.empty(BATCH, LENGTH, E).uniform_(0.001, 0.1)
+    B, C = torch.randn(2, BATCH, LENGTH, N).unbind()
+    inputs = [y.requires_grad_() for y in (x, dt, -torch.arange(1.0, N + 1).repeat(E, 1), B, C, torch.ones(E))]
+    return Variant(lambda: form(*inputs)[0], inputs, 0.0)
+
+
+def one_fft(x: Tensor, kernel: Tensor, *, outputs: int) -> Tensor:
+    """The long convolution as one FFT over the whole sequence."""
+    T = x.shape[1]
+    spectrum = torch.fft.rfft(x.mT, n=2 * T) * torch.fft.rfft(kernel[:T].T, n=2 * T)  # [B, D, T + 1]
+    return torch.fft.irfft(spectrum, n=2 * T)[..., T - outputs : T].mT
+
+
+def hyena(convolution: Callable) -> Variant:
+    layer = hyena_module.MIXER(HYENA["hidden_size"], l_max=LENGTH)
+    x = torch.randn(HYENA["batch"], LENGTH, HYENA["hidden_size"], requires_grad=True)
+
+    def forward() -> Tensor:
+        ours, hyena_module.long_conv = hyena_module.long_conv, convolution
+        try:
+            return layer(x)
+        finally:
+            hyena_module.long_conv = ours
+
+    return Variant(forward, [x, *layer.parameters()], 0.0)
 
 
 def ssd(form: Callable) -> Variant:
@@ -112,6 +190,20 @@ VARIANTS: dict[str, Callable[[], Variant]] = {
     "gla chunked": partial(gla, partial(gla_chunked, chunk_size=CHUNK, output_final_state=False)),
     "ssd recurrent": partial(ssd, ssd_recurrent),
     "ssd chunked": partial(ssd, partial(ssd_chunked, chunk_size=CHUNK, output_final_state=False)),
+    "delta recurrent": partial(delta, delta_rule_recurrent, False),
+    "delta chunked": partial(delta, partial(delta_rule_chunked, output_final_state=False), False),
+    "gated_delta recurrent": partial(delta, gated_delta_rule_recurrent, True),
+    "gated_delta chunked": partial(delta, partial(gated_delta_rule_chunked, output_final_state=False), True),
+    "retention recurrent": partial(retention, retention_recurrent),
+    "retention chunked": partial(retention, partial(retention_chunked, output_final_state=False)),
+    "rwkv5 recurrent": partial(rwkv5, rwkv5_recurrent),
+    "rwkv5 chunked": partial(rwkv5, partial(rwkv5_chunked, output_final_state=False)),
+    "rwkv4 recurrent": partial(rwkv4, rwkv4_recurrent),
+    "rwkv4 chunked": partial(rwkv4, partial(rwkv4_chunked, output_final_state=False)),
+    "scan recurrent": partial(scan, selective_scan_recurrent),
+    "scan chunked": partial(scan, partial(selective_scan_chunked, output_final_state=False)),
+    "hyena one FFT": partial(hyena, one_fft),
+    "hyena ours": partial(hyena, hyena_module.long_conv),
     "mamba2 transformers, chunk 256": partial(mamba2, 256),
     "mamba2 transformers, chunk 64": partial(mamba2, 64),
     "mamba2 ours": partial(mamba2, None),
@@ -213,7 +305,7 @@ def store(metrics: dict[str, dict[str, float]], profile: str, seconds: float) ->
             experiment="bench_recurrences",
             config={
                 "problem": problem, "variant": variant, "batch": BATCH, "length": LENGTH, "hidden_size": HIDDEN,
-                "shape": GLA if problem == "gla" else SSD, "threads": torch.get_num_threads(),
+                "shape": SHAPES.get(problem, SSD), "threads": torch.get_num_threads(),
             },
             seed=0,
             data={"source": "random", "revision": ""},

@@ -25,6 +25,8 @@ def models_table(rows: Sequence[Row]) -> pd.DataFrame:
             pairs.setdefault((config["model"], config["task"], config["length"]), {})[config["side"]] = row
     lines = []
     for (model, task, length), sides in sorted(pairs.items(), key=lambda item: _order(item[0])):
+        if len(sides) < 2:  # cut off between the two
+            continue
         ours, theirs = sides["ours"]["metrics"], sides["fla"]["metrics"]
         lines.append({
             "model, 1.3B": model, "task": _TASKS[task], "tokens": f"{length:,}",
@@ -47,7 +49,7 @@ def decoding_table(rows: Sequence[Row]) -> pd.DataFrame:
          "FLA, ms": f"{sides['fla']['decode_ms']:.0f}",
          "floor, ms": f"{sides['ours']['floor_ms']:.0f}",
          "times faster": f"{sides['fla']['decode_ms'] / sides['ours']['decode_ms']:.0f}"}
-        for model, sides in sorted(lines.items())
+        for model, sides in sorted(lines.items()) if len(sides) == 2
     ])  # fmt: skip
 
 
