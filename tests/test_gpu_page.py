@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lrm_recall.figures.gpu_tables import TABLES, fill
-from lrm_recall.results import ResultStore, profile_path
+from lrm_recall.figures.gpu_tables import TABLES, fill, stored_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "gpu.md").read_text()
-ROWS = [row for group in ("bench", "parity")
-        for row in ResultStore(profile_path(ROOT / "outputs" / "results", group, "h100")).rows()]
+ROWS = stored_rows(ROOT / "outputs" / "results")
 
 
 def test_tables_are_drawn_from_the_rows():

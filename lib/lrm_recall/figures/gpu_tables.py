@@ -75,6 +75,16 @@ def parity_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def references_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Relative errors against layers that run on a CPU."""
+    return pd.DataFrame([
+        {"layer": row["config"]["model"], "of": row["config"]["library"], "output": _error(row["metrics"], "output"),
+         "gradient of the input": _error(row["metrics"], "gradient of x"),
+         "worst gradient of a parameter": _error(row["metrics"], "worst gradient of a parameter")}
+        for row in rows if row["experiment"] == "cpu_parity"
+    ])  # fmt: skip
+
+
 def statex_table(rows: Sequence[Row]) -> pd.DataFrame:
     """A training step of an expanded model at 64K tokens."""
     return pd.DataFrame([
@@ -99,6 +109,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
     "models": models_table,
     "decoding": decoding_table,
     "parity": parity_table,
+    "references": references_table,
     "statex": statex_table,
     "cold start": cold_start_table,
 }
@@ -134,13 +145,17 @@ def _share(value: float | None) -> str:
     return NOTHING if value is None else f"{100 * value:.0f} %"
 
 
+def stored_rows(results: Path) -> list[Row]:
+    """The rows that docs/gpu.md shows."""
+    files = (("bench", "h100"), ("parity", "h100"), ("parity", "laptop"))
+    return [row for group, profile in files for row in ResultStore(profile_path(results, group, profile)).rows()]
+
+
 def main() -> None:
     """Draw the tables of docs/gpu.md anew."""
     root = Path(__file__).resolve().parents[3]
     page = root / "docs" / "gpu.md"
-    results = root / "outputs" / "results"
-    rows = [row for group in ("bench", "parity") for row in ResultStore(profile_path(results, group, "h100")).rows()]
-    page.write_text(fill(page.read_text(), rows))
+    page.write_text(fill(page.read_text(), stored_rows(root / "outputs" / "results")))
 
 
 if __name__ == "__main__":
