@@ -214,10 +214,10 @@ show(state)
 # ## Ablation: which settings give the paper's 1.000
 #
 # Three choices that the paper leaves open, crossed. What to expect: a hard top-k passes no gradient to the encoders, so
-# without the gate they stay as they started, all alike near the mean of a chunk, which serves this task but cannot tell
-# a key from the value behind it; without normalisation the initial embeddings, which start near zero, are slow to become
-# a memory worth reading. A filled dot recalls (0.99 or more); 1.000 in the last column is the paper's value to its three
-# decimals.
+# without the gate they stay as they started, all alike near the mean of a chunk, which serves this task but cannot
+# tell a key from the value behind it; without normalisation the initial embeddings, which start near zero, are slow to
+# become a memory worth reading. A filled dot recalls (0.99 or more); 1.000 in the last column is the paper's value to
+# its three decimals.
 
 # %%
 ablated = ablation_table(rows, profile, resona)
