@@ -57,6 +57,25 @@ def test_the_closure_holds_what_is_imported_and_no_more(root):
     }  # fmt: skip
 
 
+def test_what_cannot_decide_a_result_can_be_left_out(root):
+    (root / "lrm_recall/checkpoints").mkdir()
+    for name, text in {"__init__": "from lrm_recall.checkpoints.load import load\n",
+                       "load": "from lrm_recall.mixers.gla import MIXER\nload = MIXER\n"}.items():
+        (root / f"lrm_recall/checkpoints/{name}.py").write_text(text)
+    (root / "lrm_recall/checkpoints_of_training.py").write_text("every = 100\n")
+    (root / "lrm_recall/model.py").write_text(FILES["lrm_recall/model.py"] + "def load():\n"
+                                              "    from lrm_recall.checkpoints import load\n"
+                                              "    from lrm_recall.checkpoints_of_training import every\n")
+    without = import_closure([*ENTRY, "-lrm_recall.checkpoints"], [root])
+    left_out = {"lrm_recall.checkpoints.load", "lrm_recall.mixers.gla"}
+    assert set(import_closure(ENTRY, [root])) - set(without) == left_out
+    before = code_hash([*ENTRY, "-lrm_recall.checkpoints"], [root])
+    (root / "lrm_recall/checkpoints/load.py").write_text("load = None\n")
+    assert code_hash([*ENTRY, "-lrm_recall.checkpoints"], [root]) == before
+    (root / "lrm_recall/checkpoints_of_training.py").write_text("every = 200\n")
+    assert code_hash([*ENTRY, "-lrm_recall.checkpoints"], [root]) != before
+
+
 def test_a_package_counts_when_something_is_imported_from_it(root):
     assert set(import_closure(["lrm_kernels"], [root])) == {"lrm_kernels", "lrm_recall"}
     (root / "lrm_recall/model.py").write_text("from lrm_recall.train import nothing\n")

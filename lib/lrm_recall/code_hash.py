@@ -26,7 +26,8 @@ def code_hash(modules: Iterable[str], roots: Sequence[Path] | None = None) -> st
     """First 16 hex digits of sha256 over the code of `modules` and of all they import from our packages.
 
     Args:
-        modules: full names, such as "lrm_recall.train.synthetic".
+        modules: full names, such as "lrm_recall.train.synthetic"; "-lrm_recall.checkpoints" leaves that module, or all
+            of that package, out, with what only it imports: something that is imported but cannot decide the result.
         roots: folders that hold the packages (`lib`, `kernels`); default: wherever this Python finds them.
 
     Raises:
@@ -41,11 +42,13 @@ def code_hash(modules: Iterable[str], roots: Sequence[Path] | None = None) -> st
 def import_closure(modules: Iterable[str], roots: Sequence[Path] | None = None) -> dict[str, Path]:
     """Source file of each of `modules` and of all they import from our packages, by full name."""
     roots = list(roots) if roots is not None else _installed_roots()
+    modules = list(modules)
+    left_out = tuple(name[1:] for name in modules if name.startswith("-"))
     found: dict[str, Path] = {}
-    waiting = [(name, "the list of modules") for name in modules]
+    waiting = [(name, "the list of modules") for name in modules if not name.startswith("-")]
     while waiting:
         name, origin = waiting.pop()
-        if name in found:
+        if name in found or f"{name}.".startswith(tuple(f"{out}." for out in left_out)):
             continue
         path = _find(name, roots)
         if path is None:

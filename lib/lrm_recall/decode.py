@@ -45,11 +45,15 @@ class Decoder:
             return None
         if torch.cuda.is_current_stream_capturing():
             return None
-        if self._cache is None or self._cache() is not cache:  # nobody changes a model between two tokens
+        rows = next((state.shape[0] for state in cache.layers[0].values()), None)
+        if rows != ids.shape[0]:
+            return None  # the model says what is wrong
+        resized = self._graph is not None and self._graph.rows != rows  # as by reorder_cache
+        if self._cache is None or self._cache() is not cache or resized:  # nobody changes a model between two tokens
             self._cache = weakref.ref(cache)
             if not can_capture(model):
                 self._graph = None
-            elif self._graph is None or not self._graph.fits(model, ids):
+            elif self._graph is None or not self._graph.fits(model, rows):
                 self._graph = None  # before another is captured, for its memory
                 self._graph = DecodingGraph(model, cache)
         return None if self._graph is None else self._graph.step(ids, cache)
@@ -96,6 +100,11 @@ class DecodingGraph:
         self._length.add_(1)
         return project(outputs.last_hidden_state, model.lm_head)[0]
 
+    @property
+    def rows(self) -> int:
+        """Sequences that a step decodes, B."""
+        return self._ids.shape[0]
+
     def step(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
         """Logits [B, 1, V] behind the tokens ids [B, 1]; the cache moves on by one position."""
         owner = self._owner() if self._owner is not None else None
@@ -118,9 +127,9 @@ class DecodingGraph:
         self._offset.zero_() if cache.offset is None else self._offset.copy_(cache.offset)
         self._owner = weakref.ref(cache)
 
-    def fits(self, model: RecurrentLM, ids: Tensor) -> bool:
+    def fits(self, model: RecurrentLM, rows: int) -> bool:
         """Whether this still is the step of the model, for a batch of this size."""
-        return ids.shape == self._ids.shape and self._fingerprint == fingerprint(model)
+        return rows == self.rows and self._fingerprint == fingerprint(model)
 
     def _intact(self, cache: RecurrentCache) -> bool:
         """Whether nobody put other tensors in the place of the buffers, as a beam search does."""

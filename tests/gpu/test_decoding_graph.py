@@ -81,6 +81,19 @@ def test_beam_search(model):
     assert torch.equal(generated(model, prompt, graph=True, num_beams=3), expected)
 
 
+def test_a_batch_cut_in_the_middle(model):
+    prompt = ids(3, 20)
+    rows = generated(model, prompt, graph=False)[:, 20:]
+    model.cuda_graph = True
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+        for t in range(4):
+            model(rows[:, t : t + 1], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1]))
+        logits = model(rows[1:2, 4:5], past_key_values=cache).logits
+    assert torch.equal(logits[:, -1].argmax(-1), rows[1:2, 5])
+
+
 def test_weights_changed_in_place(model):
     prompt = ids(1, 20)
     before = generated(model, prompt, graph=True)

@@ -208,7 +208,8 @@ def run_mqar(
 def code_modules(run: MQARRun) -> list[str]:
     """Modules whose code, with all they import, decides the result of a run: the argument of `code_hash`."""
     retrieval = [] if run.resona is None else ["lrm_recall.resona.layer"]
-    return ["lrm_recall.train.synthetic", f"lrm_recall.mixers.{run.mixer}", *retrieval]
+    never_run = ["-lrm_recall.checkpoints", "-lrm_recall.decode"]  # a run neither loads a model nor generates
+    return ["lrm_recall.train.synthetic", f"lrm_recall.mixers.{run.mixer}", *retrieval, *never_run]
 
 
 def _train(
