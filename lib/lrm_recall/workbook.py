@@ -1,10 +1,11 @@
-"""The command line: `lrm-recall run`, `list` and `check`; also `python -m lrm_recall.workbook`.
+"""The command line: `lrm-recall run`, `list`, `check` and `data`; also `python -m lrm_recall.workbook`.
 
     lrm-recall run                                      every notebook at the profile smoke
     lrm-recall run 01_synthetic --profile laptop        one notebook at another scale
     lrm-recall run 01_synthetic -p seeds='[0, 1]'       one parameter changed; values are YAML
     lrm-recall list                                     notebooks, their parameters and profiles
     lrm-recall check                                    pairs, stripped outputs, parameter files
+    lrm-recall data prepare wikitext103                 corpora of real text, see lrm_recall.data.command
 
 Everything given is checked before anything runs. Exit code 0: done, and what the notebooks promise is there;
 1: a notebook failed, or `check` found something; 2: a mistake in what was asked, nothing has been done.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import nbformat
 
+from lrm_recall.data.command import add_parser as add_data_parser
 from lrm_recall.notebooks import title, unpaired, unstripped
 from lrm_recall.options import did_you_mean
 from lrm_recall.parameters import (
@@ -200,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_list)
     check = commands.add_parser("check", help="notebooks paired and stripped, parameter files valid")
     check.set_defaults(command=_check)
+    add_data_parser(commands)
     return parser
 
 
