@@ -50,7 +50,7 @@ lab: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/recurrences.py $(ARGS)
 
-bench-gpu:
+bench-gpu: $(READY)
 	$(BIN)/python bench/gpu_models.py $(ARGS)
 	$(BIN)/python bench/gpu_parity.py $(ARGS)
 	$(BIN)/python bench/gpu_statex.py $(ARGS)

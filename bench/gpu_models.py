@@ -158,7 +158,8 @@ def main() -> int:
         prompt: dict[str, dict] = {}
         for task, run, length in jobs:
             ids = torch.randint(0, VOCAB, (1, length), device="cuda")
-            result = measure(run, models, ids, _repeats(task, length, arguments.repeats))
+            repeats = _repeats(task, length, arguments.repeats)
+            result = measure(run, models, ids, repeats)
             floor = None
             if task == "prompt":
                 prompt = result
@@ -175,7 +176,7 @@ def main() -> int:
                             "parameters": sum(p.numel() for p in models[side].parameters())},
                     seed=0, data={"source": "random", "revision": ""}, code=code, profile=arguments.profile,
                     machine=here, metrics={**metrics, "floor_ms": floor} if floor else metrics,
-                    runtime_s=metrics["ms"] / 1e3 * arguments.repeats, peak_memory_mb=metrics["peak_mb"],
+                    runtime_s=metrics["ms"] / 1e3 * repeats, peak_memory_mb=metrics["peak_mb"],
                 ))  # fmt: skip
         del models
         gc.collect()

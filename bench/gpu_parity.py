@@ -1,4 +1,4 @@
-"""Our models against the libraries' own classes, on a GPU, with the same weights: `make parity-gpu`.
+"""Our models against the libraries' own classes, on a GPU, with the same weights: `make bench-gpu`.
 
 For each architecture the library's class is built with random weights and writes a checkpoint; ours is loaded from it.
 Compared, in fp32 and bf16, by relative error over the whole tensor: logits, loss, every gradient (the worst is

@@ -108,6 +108,13 @@ def test_state_size_is_what_the_cache_holds(mixer):
     assert mixer.state_size(9) == sum(x.numel() for name, x in cache.items() if not name.endswith("conv"))
 
 
+@pytest.mark.parametrize("name", [name for name in MIXERS if not name.startswith("mamba2")])  # its chunks' states stay
+def test_a_cached_state_keeps_no_larger_tensor_alive(name):
+    _, cache = step_through(make(name), torch.randn(1, 140, D), [140])
+    state = cache.get("state", torch.zeros(()))
+    assert state.untyped_storage().nbytes() <= state.numel() * state.element_size()
+
+
 @pytest.mark.parametrize("name", ["attention", "baseconv, long"])
 def test_a_growing_state_needs_a_length(name):
     with pytest.raises(ValueError, match="sequence_length is needed"):

@@ -29,10 +29,10 @@ with keys no longer than 1 and beta in [0, 2], no I - beta k k^T makes anything 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrm_recall.ops.chunks import from_chunks, to_chunks
 from lrm_recall.ops.decay import decay_after
 from lrm_recall.ops.dispatch import dispatched
 from lrm_recall.ops.norm import l2_norm_torch
@@ -150,7 +150,7 @@ def gated_delta_rule_chunked(
     N = -(-T // C)
     # The end of the last chunk is filled with beta = 0 and no decay, which leaves the state as it is.
     q, k, v, log_decay, beta = (
-        _to_chunks(x, N, C, dtype) for x in (q, k, v, log_decay.unsqueeze(-1), beta.unsqueeze(-1))
+        to_chunks(x, C, dtype).flatten(1, 2) for x in (q, k, v, log_decay.unsqueeze(-1), beta.unsqueeze(-1))
     )  # [N, B*H, C, K or V or 1]
     spans = log_decay.expand(-1, -1, -1, C).tril(-1).cumsum(-2).exp().tril()  # [N, B*H, C, C]: exp(G[i] - G[j])
     before = log_decay.cumsum(-2).exp()  # [N, B*H, C, 1]: decay from the chunk's start through the token
@@ -166,17 +166,8 @@ def gated_delta_rule_chunked(
     o = (scores.flatten(0, 1) @ corrections.flatten(0, 1)).baddbmm_(
         (q * before).flatten(0, 1), states.flatten(0, 1), beta=scale, alpha=scale
     )  # [N*B*H, C, V]
-    o = o.view(N, B, H, C, V).permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
-    return o.to(out_dtype), final.view(B, H, K, V) if output_final_state else None
-
-
-def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, X] to [N, B*H, C, X], with zeros behind the last token."""
-    missing = num_chunks * chunk_size - x.shape[1]
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, 0, missing))  # [B, N*C, H, X]
-    x = x.unflatten(1, (num_chunks, chunk_size)).permute(1, 0, 3, 2, 4)  # [N, B, H, C, X]
-    return x.to(dtype).flatten(1, 2).contiguous()
+    o = from_chunks(o.view(N, B, H, C, V), T).to(out_dtype)  # [B, T, H, V]
+    return o, final.view(B, H, K, V) if output_final_state else None
 
 
 class _Corrections(torch.autograd.Function):

@@ -19,9 +19,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lrm_recall.ops.chunks import from_chunks, through_states, to_chunks, tokens_behind
 from lrm_recall.ops.decay import CENTRED_LEAF, leaf_size
 from lrm_recall.ops.dispatch import dispatched
-from lrm_recall.ops.retention import from_chunks, through_states, to_chunks, tokens_behind
 
 
 def rwkv5_recurrent(
