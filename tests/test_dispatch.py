@@ -104,7 +104,7 @@ def test_every_op_that_a_library_runs_has_its_adapter_and_its_torch_form():
     for op, library in {**LIBRARY_OF, **dispatch.FUSIONS}.items():
         tree = ast.parse((folder / "libraries" / f"{library.adapters.rpartition('.')[2]}.py").read_text())
         assert op in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, op
-    sources = "".join(path.read_text() for path in folder.glob("*.py"))
+    sources = "".join(path.read_text() for path in [*folder.glob("*.py"), *folder.parent.glob("resona/*.py")])
     for op in LIBRARY_OF:
         assert f'{op} = dispatched("{op}", ' in sources, op
 
@@ -118,6 +118,7 @@ def test_an_adapter_takes_the_arguments_of_its_torch_form():
     from pathlib import Path
 
     import lrm_recall.ops as ops
+    from lrm_recall.resona import integrate, search
 
     folder = Path(importlib.util.find_spec("lrm_recall.ops").submodule_search_locations[0])
     defined = {}
@@ -127,7 +128,7 @@ def test_an_adapter_takes_the_arguments_of_its_torch_form():
                 arguments = node.args
                 defined[node.name] = [a.arg for a in [*arguments.args, *arguments.kwonlyargs]]
     modules = [importlib.import_module(f"lrm_recall.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)
-               if m.name != "libraries"]
+               if m.name != "libraries"] + [search, integrate]
     for op in LIBRARY_OF:
         run = next(vars(module)[op] for module in modules if op in vars(module))
         parameters = inspect.signature(run).parameters.values()

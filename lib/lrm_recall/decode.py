@@ -4,10 +4,17 @@ A step of a 1.3B model reads 2.7 GB of weights in about a millisecond, and launc
 Python takes forty. Where every state is of constant size the whole step can be captured once and replayed with one
 launch. The graph owns its buffers; the cache that is being decoded refers to them. When another cache is decoded, its
 states are copied in, and the cache that had them gets copies of its own.
+
+What a Resona model keeps does grow: the ids of all tokens, and the embeddings of all chunks. Its buffers have room for
+more than there is, the step counts on the device how far they are filled, and once they are full a step with more room
+is captured.
+
+Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E size of a chunk embedding.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import TYPE_CHECKING
 
@@ -16,11 +23,14 @@ from torch import Tensor
 
 from lrm_recall.cache import RecurrentCache
 from lrm_recall.ops.linear import project
+from lrm_recall.resona.layer import CHUNK_EMBEDDINGS, Resona
+from lrm_recall.resona.memory import TokenMemory
 
 if TYPE_CHECKING:
     from lrm_recall.model import RecurrentLM
 
 _WARM_UP = 2  # steps before the capture: kernels are compiled and workspaces allocated in the first
+_LEAST_ROOM = 512  # tokens that fit at least before another capture
 
 
 class Decoder:
@@ -30,53 +40,170 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._graph: DecodingGraph | None = None
+        self._graph: Step | None = None
         self._cache: weakref.ref[RecurrentCache] | None = None  # the one whose steps were decided upon last
 
     def __deepcopy__(self, memo: dict) -> Decoder:
-        return Decoder()
+        return type(self)()
 
     def __reduce__(self) -> tuple:
-        return Decoder, ()
+        return type(self), ()
 
     def step(self, model: RecurrentLM, ids: Tensor, cache: RecurrentCache) -> Tensor | None:
         """Logits [B, 1, V] behind the tokens ids [B, 1], the cache moved on; None where the model has to be run."""
-        if ids.shape[1] != 1 or not ids.is_cuda or not cache.length or model.training or torch.is_grad_enabled():
-            return None
-        if torch.cuda.is_current_stream_capturing():
+        if ids.shape[1] != 1 or not cache.length or model.training or torch.is_grad_enabled() or not self._runs(ids):
             return None
         rows = next((state.shape[0] for state in cache.layers[0].values()), None)
         if rows != ids.shape[0]:
             return None  # the model says what is wrong
-        resized = self._graph is not None and self._graph.rows != rows  # as by reorder_cache
-        if self._cache is None or self._cache() is not cache or resized:  # nobody changes a model between two tokens
+        outgrown = self._graph is not None and not self._graph.has_room(rows, cache.length)  # or cut by reorder_cache
+        if self._cache is None or self._cache() is not cache or outgrown:  # nobody changes a model between two tokens
             self._cache = weakref.ref(cache)
             if not can_capture(model):
                 self._graph = None
-            elif self._graph is None or not self._graph.fits(model, rows):
+            elif self._graph is None or outgrown or not self._graph.fits(model):
                 self._graph = None  # before another is captured, for its memory
-                self._graph = DecodingGraph(model, cache)
-        return None if self._graph is None else self._graph.step(ids, cache)
+                self._graph = self._capture(model, cache)
+        return None if self._graph is None else self._graph.step(model, ids, cache)
+
+    def _runs(self, ids: Tensor) -> bool:
+        """Whether a graph can be replayed here."""
+        return ids.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+    def _capture(self, model: RecurrentLM, cache: RecurrentCache) -> Step:
+        return DecodingGraph(model, cache)
 
 
-class DecodingGraph:
-    """The captured step of one model for one batch size.
+class StepCache(RecurrentCache):
+    """The cache of a step whose tensors stay where they are; `length` [] and `offset` [B] are int64 tensors too."""
+
+    def append_ids(self, ids: Tensor) -> Tensor:
+        """Write the ids [B, 1] into the first free column; all columns [B, C], filled or not."""
+        return self.ids.index_copy_(1, self.length.view(1), ids)
+
+
+class Step:
+    """One decoding step on buffers of fixed size: what a DecodingGraph captures, and what a CPU can run as it is.
 
     Args:
-        model: in evaluation mode on a CUDA device, one that `can_capture` accepts.
+        model: one that `can_capture` accepts.
         cache: one that the model returned for a batch of that size; it is read, not changed.
     """
 
     def __init__(self, model: RecurrentLM, cache: RecurrentCache) -> None:
         self._fingerprint = fingerprint(model)
-        self._owner: weakref.ref[RecurrentCache] | None = None  # the cache that refers to the buffers
+        blocks = enumerate(model.model.layers)
+        self._resona = {index: block.mixer for index, block in blocks if isinstance(block.mixer, Resona)}
+        self.capacity = capacity_for(cache.length) if self._resona else sys.maxsize
         device = model.device
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
-            self._states = [{name: state.clone() for name, state in layer.items()} for layer in cache.layers]
+        with torch.inference_mode(False), torch.no_grad():
+            self._states = [{name: self._buffer(index, name, state) for name, state in layer.items()}
+                            for index, layer in enumerate(cache.layers)]  # fmt: skip
             batch = next(iter(self._states[0].values())).shape[0]
-            self._ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # [B, 1]
+            self._new_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # [B, 1]
+            self._ids = self._new_ids.new_zeros(batch, self.capacity) if self._resona else None  # [B, C]
             self._length = torch.zeros((), dtype=torch.int64, device=device)
             self._offset = torch.zeros(batch, dtype=torch.int64, device=device)  # [B]
+        self._owner: weakref.ref[RecurrentCache] | None = None  # the cache that refers to the buffers,
+        self._lent: list[dict[str, Tensor]] = []  # by these tensors
+        self._lent_ids: Tensor | None = None
+        self._lent_length = 0
+        self._padding = 0  # most left padding of its rows
+
+    def _buffer(self, layer: int, name: str, state: Tensor) -> Tensor:
+        """Room for a state: its own size, or for the chunk embeddings [B, N, E] what the capacity allows."""
+        if name != CHUNK_EMBEDDINGS:
+            return state.clone()
+        slots = self.capacity // self._resona[layer].chunk_size + 1  # the last for a chunk that cannot be complete
+        return state.new_zeros(state.shape[0], slots, state.shape[2])
+
+    def _run(self, model: RecurrentLM) -> Tensor:
+        """Run the model on the buffers and leave the new states in them."""
+        cache = StepCache(len(self._states))
+        cache.layers = [dict(layer) for layer in self._states]
+        cache.ids, cache.length, cache.offset = self._ids, self._length, self._offset
+        outputs = model.model(input_ids=self._new_ids, past_key_values=cache)
+        for layer, new in zip(self._states, cache.layers, strict=True):
+            for name, state in layer.items():
+                if new[name].data_ptr() != state.data_ptr():  # some kernels change their state in place
+                    state.copy_(new[name])
+        self._length.add_(1)
+        return project(outputs.last_hidden_state, model.lm_head)[0]
+
+    def _advance(self, model: RecurrentLM) -> Tensor:
+        """Logits [B, 1, V] behind the new ids, the buffers moved on by one position."""
+        return self._run(model)
+
+    def fits(self, model: RecurrentLM) -> bool:
+        """Whether this still is the step of the model."""
+        return self._fingerprint == fingerprint(model)
+
+    def has_room(self, rows: int, length: int) -> bool:
+        """Whether a batch of this size, which has seen this many positions, can be given another."""
+        return rows == len(self._new_ids) and length < self.capacity
+
+    def step(self, model: RecurrentLM, ids: Tensor, cache: RecurrentCache) -> Tensor:
+        """Logits [B, 1, V] behind the tokens ids [B, 1]; the cache moves on by one position."""
+        if not self._intact(cache):
+            self._take(model, cache)
+        self._new_ids.copy_(ids)
+        logits = self._advance(model)
+        cache.length += 1
+        self._lend(cache)
+        return logits.clone()
+
+    def _take(self, model: RecurrentLM, cache: RecurrentCache) -> None:
+        """Bring the states of a cache into the buffers, after those of their owner were given back to it."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not None and owner is not cache:
+            owner.layers = [{name: state.clone() for name, state in layer.items()} for layer in owner.layers]
+            owner.ids = None if owner.ids is None else owner.ids.clone()
+        memory = TokenMemory(cache.ids, model.model.embeddings, cache.offset) if self._resona else None
+        for index, (mine, theirs) in enumerate(zip(self._states, cache.layers, strict=True)):
+            for name, state in mine.items():
+                if name == CHUNK_EMBEDDINGS:  # a cache has those alone that are complete in every row
+                    complete = self._resona[index].chunk_embeddings(memory, theirs)  # [B, chunks, E]
+                    state[:, : complete.shape[1]].copy_(complete)
+                else:
+                    state.copy_(theirs[name])
+        if self._ids is not None:
+            self._ids[:, : cache.length].copy_(cache.ids)
+            self._padding = 0 if cache.offset is None else int(cache.offset.max())
+        self._length.fill_(cache.length)
+        self._offset.zero_() if cache.offset is None else self._offset.copy_(cache.offset)
+        self._lent = [dict(layer) for layer in self._states]
+        cache.layers = [dict(layer) for layer in self._states]
+        self._owner = weakref.ref(cache)
+
+    def _lend(self, cache: RecurrentCache) -> None:
+        """Let the cache refer to what is filled of the buffers."""
+        for index, resona in self._resona.items():
+            complete = max(cache.length - self._padding, 0) // resona.chunk_size  # in every row
+            if self._lent[index][CHUNK_EMBEDDINGS].shape[1] != complete:
+                filled = self._states[index][CHUNK_EMBEDDINGS][:, :complete]  # [B, N, E] -> [B, complete, E]
+                self._lent[index][CHUNK_EMBEDDINGS] = cache.layers[index][CHUNK_EMBEDDINGS] = filled
+        if self._ids is not None:
+            self._lent_ids = cache.ids = self._ids[:, : cache.length]  # [B, C] -> [B, length]
+        self._lent_length = cache.length
+
+    def _intact(self, cache: RecurrentCache) -> bool:
+        """Whether the cache is as the last step left it: a beam search puts other tensors in their places."""
+        owner = self._owner() if self._owner is not None else None
+        if owner is not cache or cache.length != self._lent_length or cache.ids is not self._lent_ids:
+            return False
+        return all(
+            theirs[name] is state
+            for lent, theirs in zip(self._lent, cache.layers, strict=True)
+            for name, state in lent.items()
+        )
+
+
+class DecodingGraph(Step):
+    """A step that is captured once and then replayed; on a CUDA device, for a model in evaluation mode."""
+
+    def __init__(self, model: RecurrentLM, cache: RecurrentCache) -> None:
+        super().__init__(model, cache)
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -87,63 +214,18 @@ class DecodingGraph:
             with torch.cuda.graph(self._replayed):
                 self._logits = self._run(model)  # [B, 1, V]
 
-    def _run(self, model: RecurrentLM) -> Tensor:
-        """Run the model on the buffers and leave the new states in them."""
-        cache = RecurrentCache(len(self._states))
-        cache.layers = [dict(layer) for layer in self._states]
-        cache.length, cache.offset = self._length, self._offset
-        outputs = model.model(input_ids=self._ids, past_key_values=cache)
-        for layer, new in zip(self._states, cache.layers, strict=True):
-            for name, state in layer.items():
-                if new[name].data_ptr() != state.data_ptr():  # some kernels change their state in place
-                    state.copy_(new[name])
-        self._length.add_(1)
-        return project(outputs.last_hidden_state, model.lm_head)[0]
-
-    @property
-    def rows(self) -> int:
-        """Sequences that a step decodes, B."""
-        return self._ids.shape[0]
-
-    def step(self, ids: Tensor, cache: RecurrentCache) -> Tensor:
-        """Logits [B, 1, V] behind the tokens ids [B, 1]; the cache moves on by one position."""
-        owner = self._owner() if self._owner is not None else None
-        if owner is not cache or not self._intact(cache):
-            self._take(cache, owner)
-        self._ids.copy_(ids)
+    def _advance(self, model: RecurrentLM) -> Tensor:
         self._replayed.replay()
-        cache.length += 1
-        return self._logits.clone()
+        return self._logits
 
-    def _take(self, cache: RecurrentCache, owner: RecurrentCache | None) -> None:
-        """Bring the states of a cache into the buffers, after those of their owner were given back to it."""
-        if owner is not None and owner is not cache:
-            owner.layers = [{name: state.clone() for name, state in layer.items()} for layer in owner.layers]
-        for mine, theirs in zip(self._states, cache.layers, strict=True):
-            for name, state in mine.items():
-                state.copy_(theirs[name])
-        cache.layers = [dict(layer) for layer in self._states]
-        self._length.fill_(cache.length)
-        self._offset.zero_() if cache.offset is None else self._offset.copy_(cache.offset)
-        self._owner = weakref.ref(cache)
-
-    def fits(self, model: RecurrentLM, rows: int) -> bool:
-        """Whether this still is the step of the model, for a batch of this size."""
-        return rows == self.rows and self._fingerprint == fingerprint(model)
-
-    def _intact(self, cache: RecurrentCache) -> bool:
-        """Whether nobody put other tensors in the place of the buffers, as a beam search does."""
-        return all(
-            theirs[name] is state
-            for mine, theirs in zip(self._states, cache.layers, strict=True)
-            for name, state in mine.items()
-        )
+def capacity_for(length: int) -> int:
+    """Tokens that the buffers of a Resona model get room for once it has seen `length`: about an eighth more."""
+    step = max(2 * _LEAST_ROOM, 1 << max(length.bit_length() - 4, 0))
+    return ((length + step // 2) // step + 1) * step  # room for half a step at least
 
 
 def can_capture(model: RecurrentLM) -> bool:
-    """Whether a step of the model can be captured: no state that grows, no retrieval, no hook that wants to look on."""
-    if model.config.resona_layers:
-        return False
+    """Whether a step of the model can be captured: no state that grows, Resona's aside, no hook that wants to look."""
     try:
         model.state_size()
     except ValueError:  # grows with the sequence

@@ -97,12 +97,17 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, h: Tensor, context: Context) -> Tensor:
         """Add to the residual stream h [B, T, D], kept in float32 or not, what the mixer and the MLP make of it."""
-        x = self.mixer(self.mixer_norm(h).to(self.mixer_norm.weight.dtype), context)
+        x, stream = self.branch(h, context)
+        return stream + x if stream is h or torch.is_grad_enabled() else stream.add_(x)
+
+    def branch(self, h: Tensor, context: Context, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `forward`, but what comes last is not added: that, and the stream. `x` is what the layer before left."""
+        normed, h = (self.mixer_norm(h), h) if x is None else self.mixer_norm.add(x, h)
+        x = self.mixer(normed.to(self.mixer_norm.weight.dtype), context)
         if self.mlp is None:
-            return h + x
+            return x, h
         x, h = self.mlp_norm.add(x, h)
-        x = self.mlp(x)
-        return h + x if torch.is_grad_enabled() else h.add_(x)
+        return self.mlp(x), h
 
 
 class RecurrentPreTrainedModel(PreTrainedModel):
@@ -201,16 +206,20 @@ class RecurrentModel(RecurrentPreTrainedModel):
 
         h = embeds.float() if self.config.residual_in_fp32 else embeds
         hidden_states = [h] if output_hidden_states else None
+        x = None  # in a decoding step of fixed buffers each layer's last addition is left to the next layer's norm
         for index, block in enumerate(self.layers):
             chosen = chunk_indices.get(index) if isinstance(chunk_indices, dict) else chunk_indices
             context = Context(mask, offset, past_length, None if cache is None else cache.layers[index], memory, chosen)
-            h = block(h, context)
+            if isinstance(past_length, Tensor):
+                x, h = block.branch(h, context, x)
+            else:
+                h = block(h, context)
             if hidden_states is not None:
                 hidden_states.append(h)
         if cache is not None:
             cache.length = past_length + length
         return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(h).to(self.norm.weight.dtype),
+            last_hidden_state=(self.norm(h) if x is None else self.norm.add(x, h)[0]).to(self.norm.weight.dtype),
             past_key_values=cache,
             hidden_states=None if hidden_states is None else tuple(hidden_states),
         )
@@ -259,7 +268,7 @@ class RecurrentModel(RecurrentPreTrainedModel):
             raise ValueError("a Resona model keeps token ids in its cache, so with a cache it needs input_ids; call it "
                              "with use_cache=False to run on inputs_embeds")
         ids = cache.append_ids(input_ids)  # [B, L]
-        return DenseMemory(embeds, offset) if cache.length == 0 else TokenMemory(ids, self.embeddings, offset)
+        return DenseMemory(embeds, offset) if ids is input_ids else TokenMemory(ids, self.embeddings, offset)
 
 
 class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):

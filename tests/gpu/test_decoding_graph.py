@@ -132,9 +132,3 @@ def test_a_hook_sees_every_token():
     model.model.layers[0].mixer.o_proj.register_forward_hook(lambda *_: seen.append(1))
     generated(model, ids(1, 20), graph=True)
     assert len(seen) == NEW
-
-
-def test_resona_is_decoded_without_a_graph():
-    model = make("gla", resona={"layers": [0], "chunk_size": 4})
-    prompt = ids(1, 20)
-    assert torch.equal(generated(model, prompt, graph=True), generated(model, prompt, graph=False))

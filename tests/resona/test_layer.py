@@ -92,6 +92,16 @@ def test_a_chunk_is_seen_only_once_it_is_complete():
     assert search.visible_chunks(torch.arange(9), 3).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_a_query_with_too_few_chunks_finds_none_with_a_score_of_zero():
+    queries, chunks = torch.randn(1, 4, 8), torch.randn(1, 3, 8, requires_grad=True)
+    indices, scores = search.chunk_search(queries, chunks, torch.tensor([[0, 1, 2, 3]]), 2)
+    assert indices[0, :2].tolist() == [[-1, -1], [0, -1]] and indices.min(-1).values[0, 2:].ge(0).all()
+    assert (scores[indices == search.NO_CHUNK] == 0).all()
+    torch.testing.assert_close(scores[0, 1, 0], queries[0, 1] @ chunks[0, 0])
+    (gradient,) = torch.autograd.grad(scores[:, 0].sum(), chunks)
+    assert gradient.abs().sum() == 0
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_alpha_one_is_the_mixer_bit_for_bit(gate):
     layer = make_layer(chunk_size=2, alpha=1.0, gate=gate)

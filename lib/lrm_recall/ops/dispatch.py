@@ -56,19 +56,21 @@ LIBRARY_OF: dict[str, Library] = {
     "selective_scan": MAMBA_SSM,
     "short_conv": CAUSAL_CONV1D,
     "rms_norm": FLA,
+    "layer_norm": FLA,
     "add_rms_norm": FLA,
     "gated_rms_norm": FLA,
     "rms_norm_of_gated": MAMBA_SSM,
-    "l2_norm": FLA,
     "rotate": FLA,
     "linears": OWN,
     "swiglu": FLA,
     "cross_entropy": FLA,
+    "chunk_search": OWN,
+    "chunk_attention": OWN,
 }
 
 
 # What a library can do in one call, in the place of several ops that have kernels of their own.
-FUSIONS: dict[str, Library] = {"mamba_inner": MAMBA_SSM, "mamba2_inner": MAMBA_SSM}
+FUSIONS: dict[str, Library] = {"mamba_inner": MAMBA_SSM, "mamba2_inner": MAMBA_SSM, "resona_step": OWN}
 
 
 class Unsupported(Exception):

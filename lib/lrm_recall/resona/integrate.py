@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lrm_recall.ops.dispatch import dispatched
+from lrm_recall.resona.grouped import grouped_chunk_attention
 from lrm_recall.resona.search import NO_CHUNK, take_chunks
 
+_LONG_CHUNK = 8  # tokens from which a product by chunk is faster than gathering
 _GATHERED_AT_ONCE = 1 << 26  # elements of gathered keys held at a time; above it, blocks are recomputed in backward
 
 
@@ -43,8 +46,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor, weigh
     return torch.einsum("bthku,btkuhd->bthd", probs, values)
 
 
-def chunk_attention(queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor, weights: Tensor | None) -> Tensor:
-    """`attend` over chunks that stand in a table, in blocks of queries so that memory stays O(T k U).
+def chunk_attention_torch(
+    queries: Tensor, keys: Tensor, values: Tensor, indices: Tensor, weights: Tensor | None
+) -> Tensor:
+    """`attend` over chunks that stand in a table, by chunk or in blocks of queries, so that memory stays O(T k U).
 
     Args:
         queries: [B, T, H, d].
@@ -54,6 +59,10 @@ def chunk_attention(queries: Tensor, keys: Tensor, values: Tensor, indices: Tens
     Returns:
         [B, T, H, d].
     """
+
+    by_chunk = keys.shape[2] >= _LONG_CHUNK
+    if by_chunk and (output := grouped_chunk_attention(queries, keys, values, indices, weights)) is not None:
+        return output
 
     def block(q: Tensor, i: Tensor, w: Tensor | None) -> Tensor:
         return attend(q, take_chunks(keys, i), take_chunks(values, i), i, w)
@@ -69,3 +78,6 @@ def chunk_attention(queries: Tensor, keys: Tensor, values: Tensor, indices: Tens
         gate = None if weights is None else weights[:, rows]
         outputs.append(checkpoint(block, queries[:, rows], indices[:, rows], gate, use_reentrant=False))
     return torch.cat(outputs, dim=1)
+
+
+chunk_attention = dispatched("chunk_attention", chunk_attention_torch)

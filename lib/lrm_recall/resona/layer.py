@@ -25,10 +25,13 @@ from transformers import initialization as init
 from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNorm
+from lrm_recall.ops.dispatch import Unsupported, fusion
 from lrm_recall.options import check_options
 from lrm_recall.resona.integrate import attend, chunk_attention
 from lrm_recall.resona.memory import DenseMemory, Memory
-from lrm_recall.resona.search import ENCODERS, NO_CHUNK, chosen_scores, search, visible_chunks
+from lrm_recall.resona.search import ENCODERS, NO_CHUNK, chosen_scores, chunk_search, visible_chunks
+
+CHUNK_EMBEDDINGS = "chunk_embeddings"  # their name in a layer's slot of the cache
 
 _NORM_EPS = 1e-6
 _START_TEMPERATURE = 10.0  # cosine times this, before the softmax of the gate; learned from there
@@ -40,7 +43,7 @@ class Retrieval:
 
     Attributes:
         indices: [B, T, k] int64, the chunks of each position, best first; NO_CHUNK (-1) where there is none.
-        scores: [B, T, k], their cosine similarities (arbitrary where there is no chunk).
+        scores: [B, T, k], their cosine similarities (from a GPU in float32); zero where there is no chunk.
         weights: [B, T, k], the gate of each chunk, zero where there is none; what is missing to one went to the
             null chunk. None without a gate.
     """
@@ -157,10 +160,13 @@ class Resona(Mixer):
         context = context or Context()
         mixed = self.mixer(x, context) if isinstance(self.mixer, Mixer) else self.mixer(x)  # [B, T, D]
         store = self._memory(x, context, memory)
+        if (output := self._fused_step(x, mixed, context, store)) is not None:
+            return output
         retrieval, chunks_in_memory = self._retrieve(x, context, store)
         if chunks_in_memory == 0:
             return mixed
-        retrieved = self._integrate(x, store, retrieval, chunks_in_memory)  # [B, T, D]
+        few = in_buffers(context) or x.shape[1] * retrieval.indices.shape[-1] < chunks_in_memory  # positions that ask
+        retrieved = self._integrate(x, store, retrieval, None if few else chunks_in_memory)  # [B, T, D]
         alpha = self.alpha_proj(x).sigmoid() if self.alpha == "learned" else self.alpha  # [B, T, 1] or a number
         found = (retrieval.indices != NO_CHUNK).any(dim=-1, keepdim=True)  # [B, T, 1]
         return torch.where(found, alpha * mixed + (1 - alpha) * retrieved, mixed)
@@ -169,6 +175,15 @@ class Resona(Mixer):
         """The chunks that each position of x [B, T, D] picks; arguments as for `forward`."""
         context = context or Context()
         return self._retrieve(x, context, self._memory(x, context, memory))[0]
+
+    def _fused_step(self, x: Tensor, mixed: Tensor, context: Context, memory: Memory) -> Tensor | None:
+        """The rest of a step on buffers in kernels made for one token; None elsewhere, or where they cannot take it."""
+        if not in_buffers(context) or (step := fusion("resona_step", x)) is None:
+            return None
+        try:
+            return step(x, mixed, self, context.cache[CHUNK_EMBEDDINGS], memory, context.past_length)
+        except Unsupported:  # such as a large batch, for which torch's own products are good
+            return None
 
     def _memory(self, x: Tensor, context: Context, memory: Tensor | None) -> Memory:
         if memory is not None and memory.shape != x.shape:
@@ -179,18 +194,22 @@ class Resona(Mixer):
 
     def _retrieve(self, x: Tensor, context: Context, memory: Memory) -> tuple[Retrieval, int]:
         """The retrieval of each position, and the number N of chunks that the memory holds."""
-        chunks = self._chunk_embeddings(memory, context.cache)  # [B, N, E]
-        queries = self.encoder.queries(x)  # [B, T, E]
         visible = visible_chunks(context.positions(x), self.chunk_size)  # [B or 1, T]
-        if context.chunk_indices is not None:
-            indices = _check_chosen(context.chunk_indices, visible.expand(len(x), -1))
-        elif chunks.shape[1] == 0:
-            indices = visible.new_full((*x.shape[:2], self.top_k), NO_CHUNK)
+        if in_buffers(context):
+            chunks = self._renew_newest(memory, visible, context.cache[CHUNK_EMBEDDINGS])  # [B, N, E]
         else:
-            indices = search(queries, chunks, visible, self.top_k)  # [B, T, k]
+            chunks = self.chunk_embeddings(memory, context.cache)  # [B, N, E]
+        queries = self.encoder.queries(x)  # [B, T, E]
+        indices = context.chunk_indices
+        if indices is not None:
+            _check_chosen(indices, visible.expand(len(x), -1))
         if chunks.shape[1] == 0:
-            return Retrieval(indices, indices.to(x.dtype), None), 0
-        scores = chosen_scores(queries, chunks, indices)  # [B, T, k]
+            indices = visible.new_full((*x.shape[:2], self.top_k), NO_CHUNK) if indices is None else indices
+            return Retrieval(indices, x.new_zeros(indices.shape), None), 0
+        if indices is None:
+            indices, scores = chunk_search(queries, chunks, visible, self.top_k)  # [B, T, k] each
+        else:
+            scores = chosen_scores(queries, chunks, indices)  # [B, T, k]
         weights = self._gate(queries, scores, indices) if self.gate == "null_chunk" else None
         return Retrieval(indices, scores, weights), chunks.shape[1]
 
@@ -199,24 +218,29 @@ class Resona(Mixer):
         null = queries @ F.normalize(self.null_chunk, dim=-1)  # [B, T]
         logits = torch.cat([scores, null[..., None]], dim=-1) * self.log_temperature.exp()  # [B, T, k + 1]
         absent = F.pad(indices == NO_CHUNK, (0, 1))  # [B, T, k + 1]; the null chunk is always there
-        return logits.masked_fill(absent, -torch.inf).softmax(dim=-1)[..., :-1]  # [B, T, k + 1] -> [B, T, k]
+        weights = logits.masked_fill(absent, -torch.inf).softmax(dim=-1)[..., :-1]  # [B, T, k + 1] -> [B, T, k]
+        return weights.to(queries.dtype)  # a kernel's scores are float32
 
-    def _integrate(self, x: Tensor, memory: Memory, retrieval: Retrieval, num_chunks: int) -> Tensor:
-        """Cross-attention from x [B, T, D] into its chunks: [B, T, D]."""
-        batch, length, _ = x.shape
+    def _integrate(self, x: Tensor, memory: Memory, retrieval: Retrieval, chunks: int | None) -> Tensor:
+        """Cross-attention from x [B, T, D] into its chunks: [B, T, D].
+
+        Args:
+            chunks: N, to project every chunk of the memory once; None to project those of each position alone.
+        """
         indices, weights = retrieval.indices, retrieval.weights
-        queries = self.q_proj(x).view(batch, length, self.num_heads, -1)  # [B, T, H, d]
-        if length * indices.shape[-1] < num_chunks:
-            # few positions ask: project their chunks' tokens alone
-            positions = indices.clamp(min=0)[..., None] * self.chunk_size  # [B, T, k, 1]
-            positions = positions + torch.arange(self.chunk_size, device=x.device)  # [B, T, k, U]
-            keys, values = self._keys_values(memory.take(positions))  # [B, T, k, U, H, d]
+        queries = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
+        if chunks is None:
+            keys, values = self._keys_values(memory.take(self._positions(indices)))  # [B, T, k, U, H, d]
             output = attend(queries, keys, values, indices, weights)  # [B, T, H, d]
         else:
-            tokens = memory.slice(0, num_chunks * self.chunk_size)  # [B, N U, D]
-            keys, values = self._keys_values(tokens.unflatten(1, (num_chunks, self.chunk_size)))  # [B, N, U, H, d]
+            tokens = memory.slice(0, chunks * self.chunk_size)  # [B, N U, D]
+            keys, values = self._keys_values(tokens.unflatten(1, (chunks, self.chunk_size)))  # [B, N, U, H, d]
             output = chunk_attention(queries, keys, values, indices, weights)  # [B, T, H, d]
         return self.o_proj(output.flatten(2))  # [B, T, H, d] -> [B, T, D]
+
+    def _positions(self, chunks: Tensor) -> Tensor:
+        """Row positions [..., U] of the tokens of chunks [...]; those of chunk 0 for NO_CHUNK."""
+        return chunks.clamp(min=0)[..., None] * self.chunk_size + torch.arange(self.chunk_size, device=chunks.device)
 
     def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Initial embeddings [..., D] to keys and values [..., H, d]."""
@@ -224,7 +248,17 @@ class Resona(Mixer):
         heads = (self.num_heads, -1)
         return self.k_proj(tokens).unflatten(-1, heads), self.v_proj(tokens).unflatten(-1, heads)
 
-    def _chunk_embeddings(self, memory: Memory, cache: dict[str, Tensor] | None) -> Tensor:
+    def _renew_newest(self, memory: Memory, newest: Tensor, table: Tensor) -> Tensor:
+        """Encode each row's newest chunk afresh, in a table [B, N, E] of fixed size; newest: [B, 1] its index.
+
+        Most of the time that chunk is not complete and no position may see it yet: what is written once its last
+        token is there stays.
+        """
+        tokens = self.memory_norm(memory.take(self._positions(newest)))  # [B, 1, U, D]
+        fresh = self.encoder.chunks(tokens)  # [B, 1, E]
+        return table.scatter_(1, newest[..., None].expand_as(fresh), fresh.to(table.dtype))
+
+    def chunk_embeddings(self, memory: Memory, cache: dict[str, Tensor] | None) -> Tensor:
         """Embeddings [B, N, E] of the chunks that are complete in some row; old ones come from the cache.
 
         Where rows began at different positions, the last chunks are complete in some rows only; those are encoded
@@ -232,23 +266,27 @@ class Resona(Mixer):
         """
         shortest = memory.length if memory.offset is None else memory.length - int(memory.offset.max())
         longest = memory.length if memory.offset is None else memory.length - int(memory.offset.min())
-        known = None if cache is None else cache.get("chunk_embeddings")
+        known = None if cache is None else cache.get(CHUNK_EMBEDDINGS)
         start, stop = 0 if known is None else known.shape[1], longest // self.chunk_size
         tokens = memory.slice(start * self.chunk_size, stop * self.chunk_size)  # [B, (stop - start) U, D]
         tokens = self.memory_norm(tokens).unflatten(1, (stop - start, self.chunk_size))
         fresh = self.encoder.chunks(tokens)  # [B, stop - start, E]
         chunks = fresh if known is None else torch.cat([known, fresh], dim=1)
         if cache is not None:
-            cache["chunk_embeddings"] = chunks[:, : max(shortest, 0) // self.chunk_size]
+            cache[CHUNK_EMBEDDINGS] = chunks[:, : max(shortest, 0) // self.chunk_size]
         return chunks
 
 
-def _check_chosen(indices: Tensor, visible: Tensor) -> Tensor:
-    """Precomputed chunks [B, T, k], refused where they would show a position its future; visible: [B, T]."""
+def in_buffers(context: Context) -> bool:
+    """Whether this call is a step on buffers of fixed size (`lrm_recall.decode`), which count in tensors."""
+    return isinstance(context.past_length, Tensor)
+
+
+def _check_chosen(indices: Tensor, visible: Tensor) -> None:
+    """Refuse precomputed chunks [B, T, k] that would show a position its future; visible: [B, T]."""
     if indices.dim() != 3 or indices.shape[:2] != visible.shape or not indices.shape[2] or indices.is_floating_point():
         raise ValueError(f"chunk_indices must be integers of shape [batch, positions, k], here [{visible.shape[0]}, "
                          f"{visible.shape[1]}, k], got {indices.dtype} {tuple(indices.shape)}")
     if bool((indices >= visible[..., None]).any()) or bool((indices < NO_CHUNK).any()):
         raise ValueError(f"chunk_indices must be {NO_CHUNK} (none) or name chunks that lie wholly before their "
                          "position; some do not")
-    return indices

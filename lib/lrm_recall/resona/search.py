@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from lrm_recall.ops.dispatch import dispatched
+
 NO_CHUNK = -1  # index of a chunk that was not found
 
 _SCORES_AT_ONCE = 1 << 24  # elements of the T x N score matrix held at a time
@@ -138,12 +140,29 @@ def search(queries: Tensor, chunks: Tensor, visible: Tensor, top_k: int) -> Tens
 
 
 def chosen_scores(queries: Tensor, chunks: Tensor, indices: Tensor) -> Tensor:
-    """Cosine of each query with its chosen chunks, differentiable: [B, T, k] (arbitrary where NO_CHUNK).
+    """Cosine of each query with its chosen chunks, differentiable: [B, T, k], zero where NO_CHUNK.
 
     Args:
         queries: [B, T, E]; chunks: [B, N, E]; indices: [B, T, k] int64.
     """
-    return torch.einsum("bte,btke->btk", queries, take_chunks(chunks, indices))
+    scores = torch.einsum("bte,btke->btk", queries, take_chunks(chunks, indices))
+    return scores.masked_fill(indices == NO_CHUNK, 0.0)
+
+
+def chunk_search_torch(queries: Tensor, chunks: Tensor, visible: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`search`, and the scores of what it found.
+
+    Args:
+        queries: [B, T, E]; chunks: [B, N, E] with N at least 1; both of unit length.
+        visible: [B, T] or [1, T] int64, from `visible_chunks`.
+        top_k: k.
+
+    Returns:
+        indices [B, T, k] int64, NO_CHUNK where fewer than k chunks are visible; and scores [B, T, k], zero there,
+        with gradients to queries and chunks.
+    """
+    indices = search(queries, chunks, visible, top_k)
+    return indices, chosen_scores(queries, chunks, indices)
 
 
 def take_chunks(table: Tensor, indices: Tensor) -> Tensor:
@@ -152,3 +171,6 @@ def take_chunks(table: Tensor, indices: Tensor) -> Tensor:
     first = torch.arange(batch, device=indices.device).view(-1, 1, 1) * num_chunks  # [B, 1, 1]
     rows = (indices.clamp(min=0) + first).flatten()  # [B, T, k] -> [B * T * k]
     return table.flatten(0, 1).index_select(0, rows).view(*indices.shape, *table.shape[2:])
+
+
+chunk_search = dispatched("chunk_search", chunk_search_torch)
