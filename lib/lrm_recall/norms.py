@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lrm_recall.ops.norm import add_rms_norm, gated_rms_norm, l2_norm, rms_norm, rms_norm_of_gated
+from lrm_recall.ops.norm import add_rms_norm, gated_rms_norm, layer_norm, rms_norm, rms_norm_of_gated
 
-__all__ = ["LayerNorm", "RMSNorm", "RMSNormGated", "l2_norm"]
+__all__ = ["LayerNorm", "RMSNorm", "RMSNormGated"]
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +37,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D]; computed in fp32, returned in x's dtype."""
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+        return layer_norm(x.to(self.weight.dtype), self.weight, self.bias, self.eps).to(x.dtype)
 
     def add(self, x: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Add x [..., D] to the residual stream; the norm of the sum in x's dtype, and the sum in the stream's."""

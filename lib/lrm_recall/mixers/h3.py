@@ -53,6 +53,8 @@ class ShiftSSM(nn.Module):
 class DiagonalSSM(nn.Module):
     """S4D-Lin (arXiv 2206.11893, sections 3 and 4), discretised by the bilinear rule. Pairs of reals are complex."""
 
+    in_fp32 = True  # frequencies are many times pi, whose neighbours are one number in bfloat16
+
     def __init__(self, channels: int, d_state: int) -> None:
         super().__init__()
         pairs = d_state // 2

@@ -43,8 +43,8 @@ def through_states(
         o, v: [N, B, H, C, V].
         reads: [N, B, H, C, K], the queries, by what is left of the state before the chunk at each token.
         writes: [N, B, H, C, K], the keys, by what is left of each at the chunk's end.
-        decay: [N, 1, H, K or 1, 1], of the state over the chunk.
-        initial_state: [B, H, K, V]; None for zeros.
+        decay: [N, B or 1, H, K or 1, 1], of the state over the chunk.
+        initial_state: [B, H, K, V], any floating dtype; None for zeros.
 
     Returns:
         o [N, B, H, C, V], and the state after the last chunk.

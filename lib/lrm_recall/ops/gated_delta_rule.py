@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 from lrm_recall.ops.chunks import from_chunks, to_chunks
 from lrm_recall.ops.decay import decay_after
 from lrm_recall.ops.dispatch import dispatched
-from lrm_recall.ops.norm import l2_norm_torch
+from lrm_recall.ops.norm import unit_length
 
 
 def gated_delta_rule_recurrent(
@@ -138,7 +138,7 @@ def gated_delta_rule_chunked(
     dtype = torch.promote_types(out_dtype, torch.float32)
     scale = K**-0.5 if scale is None else scale
     if l2_norm:
-        q, k = l2_norm_torch(q), l2_norm_torch(k)
+        q, k = unit_length(q), unit_length(k)
     if initial_state is None:
         initial_state = v.new_zeros(B, H, K, V, dtype=dtype)
     elif T == 1:
@@ -152,22 +152,23 @@ def gated_delta_rule_chunked(
     q, k, v, log_decay, beta = (
         to_chunks(x, C, dtype).flatten(1, 2) for x in (q, k, v, log_decay.unsqueeze(-1), beta.unsqueeze(-1))
     )  # [N, B*H, C, K or V or 1]
-    spans = log_decay.expand(-1, -1, -1, C).tril(-1).cumsum(-2).exp().tril()  # [N, B*H, C, C]: exp(G[i] - G[j])
-    before = log_decay.cumsum(-2).exp()  # [N, B*H, C, 1]: decay from the chunk's start through the token
-    corrections, states, final = _Corrections.apply(
-        (k @ k.mT) * spans * beta,
-        v * beta,
-        k * (before * beta),
-        k * decay_after(log_decay).exp(),
-        before[..., -1:, :],
-        initial_state.to(dtype).flatten(0, 1),
-    )  # [N, B*H, C, V], [N, B*H, K, V], [B*H, K, V]
-    scores = (q @ k.mT) * spans  # [N, B*H, C, C]
-    o = (scores.flatten(0, 1) @ corrections.flatten(0, 1)).baddbmm_(
-        (q * before).flatten(0, 1), states.flatten(0, 1), beta=scale, alpha=scale
-    )  # [N*B*H, C, V]
-    o = from_chunks(o.view(N, B, H, C, V), T).to(out_dtype)  # [B, T, H, V]
-    return o, final.view(B, H, K, V) if output_final_state else None
+    with torch.autocast(q.device.type, enabled=False):  # it would write products in bfloat16 into float32 tensors
+        spans = log_decay.expand(-1, -1, -1, C).tril(-1).cumsum(-2).exp().tril()  # [N, B*H, C, C]: exp(G[i] - G[j])
+        before = log_decay.cumsum(-2).exp()  # [N, B*H, C, 1]: decay from the chunk's start through the token
+        corrections, states, final = _Corrections.apply(
+            (k @ k.mT) * spans * beta,
+            v * beta,
+            k * (before * beta),
+            k * decay_after(log_decay).exp(),
+            before[..., -1:, :],
+            initial_state.to(dtype).flatten(0, 1),
+        )  # [N, B*H, C, V], [N, B*H, K, V], [B*H, K, V]
+        scores = (q @ k.mT) * spans  # [N, B*H, C, C]
+        o = (scores.flatten(0, 1) @ corrections.flatten(0, 1)).baddbmm_(
+            (q * before).flatten(0, 1), states.flatten(0, 1), beta=scale, alpha=scale
+        )  # [N*B*H, C, V]
+        o = from_chunks(o.view(N, B, H, C, V), T).to(out_dtype)  # [B, T, H, V]
+        return o, final.view(B, H, K, V) if output_final_state else None
 
 
 class _Corrections(torch.autograd.Function):

@@ -16,12 +16,11 @@ How the chunked form stays safe for any decay is told in decay.py. (The paper's 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from lrm_recall.ops.chunks import from_chunks, through_states, to_chunks
 from lrm_recall.ops.decay import CENTRED_LEAF, PLAIN_LEAF, centred, decay_after, join_halves, leaf_size
 from lrm_recall.ops.dispatch import dispatched
-from lrm_recall.ops.scan import chunk_scan
 
 
 def gla_recurrent(
@@ -102,39 +101,22 @@ def gla_chunked(
     """
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two, got {chunk_size}")
-    B, T, H, K = q.shape
+    T, K = q.shape[1], q.shape[-1]
     if T == 1 and initial_state is not None:
         o, state = gla_step(q[:, 0], k[:, 0], v[:, 0], log_decay[:, 0], initial_state, scale=scale)
         return o.unsqueeze(1), state  # [B, 1, H, V]
-    V = v.shape[-1]
     dtype = torch.promote_types(v.dtype, torch.float32)
     scale = K**-0.5 if scale is None else scale
     C = min(chunk_size, 1 << (T - 1).bit_length())
-    N = -(-T // C)
     out_dtype = v.dtype
     # The end of the last chunk is filled with k = v = 0 and no decay, which leaves the state as it is.
-    q, k, v, log_decay = (_to_chunks(x, N, C, dtype) for x in (q, k, v, log_decay))  # [N, B, H, C, K or V]
+    q, k, v, log_decay = (to_chunks(x, C, dtype) for x in (q, k, v, log_decay))  # [N, B, H, C, K or V]
     o, reads, writes, decay = _within_chunks(q * scale, k, v, log_decay)
 
     state = None
-    if N > 1 or initial_state is not None or output_final_state:
-        initial_state = v.new_zeros(B, H, K, V) if initial_state is None else initial_state.to(dtype)
-        states = chunk_scan(decay.mT, writes, v, initial_state)  # [N+1, B, H, K, V]
-        o = torch.baddbmm(o.flatten(0, 2), reads.flatten(0, 2), states[:-1].flatten(0, 2)).view(o.shape)
-        state = states[-1].clone()  # a view would keep the states of all chunks
-
-    o = o.permute(1, 0, 3, 2, 4).reshape(B, N * C, H, V)[:, :T]
-    return o.to(out_dtype), state if output_final_state else None
-
-
-def _to_chunks(x: Tensor, num_chunks: int, chunk_size: int, dtype: torch.dtype) -> Tensor:
-    """[B, T, H, X] to [N, B, H, C, X], with zeros behind the last token."""
-    B, T, H, X = x.shape
-    missing = num_chunks * chunk_size - T
-    if missing:
-        x = F.pad(x, (0, 0, 0, 0, 0, missing))  # [B, N*C, H, X]
-    x = x.reshape(B, num_chunks, chunk_size, H, X).permute(1, 0, 3, 2, 4)  # [N, B, H, C, X]
-    return x.to(dtype).contiguous()
+    if len(o) > 1 or initial_state is not None or output_final_state:
+        o, state = through_states(o, reads, writes, v, decay.mT, initial_state)
+    return from_chunks(o, T).to(out_dtype), state if output_final_state else None
 
 
 def _within_chunks(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,11 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
+def layer_norm_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """x [..., D] less its mean, over its standard deviation, times weight [D] plus bias [D]; all of one dtype."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+
+
 def add_rms_norm_torch(x: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """A residual connection and the norm behind it.
 
@@ -47,14 +52,14 @@ def rms_norm_of_gated_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float,
     return (y * weight.to(compute)).to(x.dtype)
 
 
-def l2_norm_torch(x: Tensor, eps: float = 1e-6) -> Tensor:
+def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x [..., K] to unit length: x / sqrt(sum of x^2 + eps)."""
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 rms_norm = dispatched("rms_norm", rms_norm_torch)
+layer_norm = dispatched("layer_norm", layer_norm_torch)
 add_rms_norm = dispatched("add_rms_norm", add_rms_norm_torch)
 gated_rms_norm = dispatched("gated_rms_norm", gated_rms_norm_torch)
 rms_norm_of_gated = dispatched("rms_norm_of_gated", rms_norm_of_gated_torch)
-l2_norm = dispatched("l2_norm", l2_norm_torch)

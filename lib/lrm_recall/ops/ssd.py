@@ -155,7 +155,7 @@ def ssd_chunked(
             rows.transpose(0, 1),
             initial_state.to(dtype).reshape(batch, G, -1, N).mT,  # [B, G, N, R*P]
         )  # [M+1, B, G, N, R*P]
-        state = states[-1].mT.reshape(batch, H, P, N)
+        state = states[-1].mT.reshape(batch, H, P, N).clone()  # a view would keep the states of all chunks
         read = C.transpose(2, 3) @ states[:-1].transpose(0, 1)  # [B, M, G, L, R*P]
 
     if whole:

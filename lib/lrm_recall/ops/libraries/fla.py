@@ -8,7 +8,7 @@ import triton
 from fla.modules.activations import swiglu_linear
 from fla.modules.fused_cross_entropy import cross_entropy_loss
 from fla.modules.norm.fused_norm_gate import rms_norm_gated
-from fla.modules.norm.l2norm import l2norm
+from fla.modules.norm.layernorm import layer_norm as fla_layer_norm
 from fla.modules.norm.layernorm import rms_norm as fla_rms_norm
 from fla.modules.rotary import rotary_embedding
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
@@ -122,6 +122,13 @@ def rms_norm(x, weight, eps):
     return row_norm(x, weight, eps) if _one_token(x) else fla_rms_norm(x, weight, None, eps=eps)
 
 
+def layer_norm(x, weight, bias, eps):
+    _check_dtype(x)
+    if not torch.is_grad_enabled():
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)  # it is torch's backward pass that takes its time
+    return fla_layer_norm(x, weight, bias, eps=eps)
+
+
 def add_rms_norm(x, stream, weight, eps):
     _check_dtype(x)
     if _one_token(x):
@@ -135,11 +142,6 @@ def gated_rms_norm(x, gate, weight, eps):
     if _one_token(x):
         return row_norm(x, weight, eps, gate=gate)
     return rms_norm_gated(x, gate, weight, None, eps=eps)
-
-
-def l2_norm(x, eps=1e-6):
-    _check_dtype(x)
-    return l2norm(x, eps)
 
 
 def rotate(x, cos, sin):
