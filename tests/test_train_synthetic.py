@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from lrm_recall.code_hash import code_hash, import_closure
 from lrm_recall.results import ResultStore
 from lrm_recall.sweep import Experiment, run_sweep
 from lrm_recall.tasks.mqar import IGNORE, mqar, split_seed
-from lrm_recall.train import synthetic
+from lrm_recall.train.batches import batches
 from lrm_recall.train.grid import expected_seconds, mqar_runs
+from lrm_recall.train.loop import DivergedError, logits_of_questions
 from lrm_recall.train.memory import peak_mb, reset_peak
+from lrm_recall.train.optimise import make_optimizer
 from lrm_recall.train.select import select
-from lrm_recall.train.synthetic import DivergedError, MQARRun, code_modules, run_mqar
+from lrm_recall.train.start import initial_model
+from lrm_recall.train.synthetic import MQARRun, code_modules, mqar_splits, run_mqar
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 RESONA = {"layers": [0], "chunk_size": 2, "top_k": 1}
 
@@ -32,6 +38,10 @@ def small(**changes) -> MQARRun:
         "num_train": 2000, "num_valid": 200, "num_test": 200, "batch_size": 50, "learning_rate": 5e-3,
         "max_epochs": 2, **changes,
     })
+
+
+def untrained(run: MQARRun):
+    return initial_model(run.to_model_config(), run.seed)
 
 
 def without_seconds(history: list[dict]) -> list[dict]:
@@ -67,7 +77,7 @@ def test_result_is_complete_and_plain_json():
     assert heard == result["history"] and [epoch["epoch"] for epoch in heard] == [1, 2]
     assert set(heard[0]) == {"epoch", "train_loss", "valid_accuracy", "seconds"}
     metrics = result["metrics"]
-    model = synthetic._initial_model(run)
+    model = untrained(run)
     assert metrics["parameters"] == model.num_parameters() and metrics["state_size"] == model.state_size(16)
     assert (metrics["epochs"], metrics["steps"]) == (2, 6)  # 130 examples in batches of 50, twice
     assert metrics["valid_accuracy"] == heard[-1]["valid_accuracy"]
@@ -111,20 +121,20 @@ def test_divergence_is_an_error_that_says_where():
 
 def test_logits_are_those_of_the_whole_model_at_the_questions():
     run = small(resona=RESONA, num_train=20)
-    model = synthetic._initial_model(run).eval()
-    split = synthetic._splits(run, CPU).train
+    model = untrained(run).eval()
+    split = mqar_splits(run).train
     data = mqar(vocab_size=32, num_examples=20, input_length=16, num_kv_pairs=2, seed=split_seed(0, "train"))
     assert torch.equal(split.inputs, data.inputs)
     assert torch.equal(data.labels.gather(1, split.positions), split.answers)
     everywhere = model(input_ids=data.inputs).logits  # [20, 16, V]
-    torch.testing.assert_close(synthetic._logits(model, split), everywhere[data.labels != IGNORE])
+    torch.testing.assert_close(logits_of_questions(model, split), everywhere[data.labels != IGNORE])
 
 
 def test_every_example_is_seen_once_an_epoch():
-    split = synthetic._splits(small(num_train=130), CPU).train
-    batches = list(synthetic._batches(split, 50, torch.Generator().manual_seed(0)))
-    assert [len(batch.inputs) for batch in batches] == [50, 50, 30]
-    seen = torch.cat([torch.cat(list(batch), dim=1) for batch in batches])  # [130, L + 2 P]
+    split = mqar_splits(small(num_train=130)).train
+    parts = list(batches(split, 50, torch.Generator().manual_seed(0)))
+    assert [len(batch.inputs) for batch in parts] == [50, 50, 30]
+    seen = torch.cat([torch.cat(list(batch), dim=1) for batch in parts])  # [130, L + 2 P]
     rows = torch.cat(list(split), dim=1)
     assert not torch.equal(seen, rows)
     assert sorted(seen.tolist()) == sorted(rows.tolist())
@@ -132,17 +142,17 @@ def test_every_example_is_seen_once_an_epoch():
 
 def test_data_is_made_once_and_splits_differ():
     run = small(num_train=200)
-    splits = synthetic._splits(run, CPU)
-    assert synthetic._splits(replace(run, learning_rate=1e-4), CPU).train.inputs is splits.train.inputs
-    assert not torch.equal(synthetic._splits(replace(run, seed=1), CPU).valid.inputs, splits.valid.inputs)
+    splits = mqar_splits(run)
+    assert mqar_splits(replace(run, learning_rate=1e-4)).train.inputs is splits.train.inputs
+    assert not torch.equal(mqar_splits(replace(run, seed=1)).valid.inputs, splits.valid.inputs)
     assert not torch.equal(splits.valid.inputs, splits.test.inputs)
     assert not torch.equal(splits.train.inputs, splits.valid.inputs)
 
 
 def test_only_matrices_are_decayed():
     run = small(mixer="mamba2", mixer_args={"head_dim": 16}, layer_overrides={}, resona=RESONA)
-    model = synthetic._initial_model(run)
-    decayed, kept = synthetic._optimizer(run, model).param_groups
+    model = untrained(run)
+    decayed, kept = make_optimizer(model, run.to_fit_settings()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     assert sorted(names[id(p)] for group in (decayed, kept) for p in group["params"]) == sorted(names.values())
@@ -220,6 +230,24 @@ def test_grid_is_every_combination():
     long = next(run for run in runs if run.mixer == "baseconv" and run.input_length == 128)
     kernels = [long.to_model_config().mixer_options(layer) for layer in range(4)]
     assert kernels == [{"max_length": 128, "kernel_size": size} for size in (3, -1, 3, -1)]  # zoology, Figure 2
+
+
+@pytest.mark.parametrize("profile", ["paper", "h100"])
+def test_a_profile_has_every_cell_of_table_11(profile):
+    asked = yaml.safe_load((ROOT / "params" / profile / "01_synthetic.yaml").read_text())
+    table = {"baseconv", "h3", "hyena", "rwkv4", "mamba", "mamba2"} & set(asked["mixers"])
+    assert len(table) * len(asked["lengths"]) * len(asked["d_models"]) * len(asked["variants"]) == 288
+    length, pairs, batch_size = max(asked["lengths"])
+    runs = mqar_runs(mixers=asked["mixers"], lengths={length: pairs}, d_models=asked["d_models"], variants=["base"],
+                     learning_rates=asked["learning_rates"][:1], mixer_args=asked["mixer_args"],
+                     settings={"batch_size": batch_size, "num_train": asked["num_train"]})
+    assert len(runs) == 4 * len(asked["mixers"])
+    of = {run.mixer: run for run in runs if run.d_model == 128}
+    assert of["hyena"].mixer_args == {"l_max": 512} and of["h3"].mixer_args == {"d_state": 512, "head_dim": 2}
+    assert [of["rwkv4"].to_model_config().mixer_options(layer) for layer in range(4)] == [
+        {"layer_idx": layer} for layer in range(4)
+    ]  # fmt: skip
+    assert of["gated_deltanet"].mixer_args == {"num_heads": 2, "head_dim": 64, "expand_v": 1.0}
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def check_type(value: Any, hint: Any, what: str, shown: str) -> None:
         raise ValueError(f"{what} must be {shown}, got {value!r} ({type(value).__name__})") from None
 
 
+def check_names(what: str, given: typing.Iterable[str], allowed: typing.Collection[str]) -> None:
+    """Raise ValueError for the first name that is not allowed; `what` is how the error names the place."""
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{what} has an unknown name {name!r}{did_you_mean(name, allowed)}; "
+                             f"allowed: {', '.join(sorted(allowed))}")
+
+
 def did_you_mean(name: str, allowed: typing.Iterable[str]) -> str:
     """' (did you mean ...?)' for the nearest allowed name, or an empty string."""
     near = difflib.get_close_matches(name, list(allowed), n=1)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from lrm_recall.options import accepted_options, did_you_mean
+from lrm_recall.options import accepted_options, check_names
 from lrm_recall.resona.layer import Resona
 from lrm_recall.train.synthetic import MQARRun
 
@@ -37,8 +37,9 @@ def mqar_runs(
     """Every combination, as a list of runs.
 
     Args:
-        mixers: names of mixers. `baseconv` gets the kernels of zoology's Figure 2: 3 taps in even layers, as
-            long as the sequence in odd ones.
+        mixers: names of mixers. As in zoology's Figure 2, `baseconv` has 3 taps in even layers and as many as the
+            sequence in odd ones, `hyena` filters of the sequence's length, `h3` as many states and heads of 2
+            channels, and `rwkv4` initial decays by layer. `gated_deltanet` gets the heads of a DeltaNet with two.
         lengths: input length to number of key-value pairs, such as {64: 4, 128: 8}.
         d_models: hidden sizes.
         variants: "base", or "resona" and the layers that retrieve: "resona0", "resona2", "resona0+2".
@@ -59,10 +60,10 @@ def mqar_runs(
     defaults = {name: option.default for name, option in accepted_options(Resona).items()}
     retrieval = {**defaults, **PAPER_RESONA, **(resona or {})}  # every option, so that a row says what it was
     options, settings = dict(mixer_args or {}), dict(settings or {})
-    _check_names("mixer_args", options, mixers)
+    check_names("mixer_args", options, mixers)
     swept = {"mixer", "input_length", "num_kv_pairs", "d_model", "resona", "learning_rate", "seed", "mixer_args",
              "layer_overrides"}
-    _check_names("settings", settings, MQARRun.__dataclass_fields__.keys() - swept)
+    check_names("settings", settings, MQARRun.__dataclass_fields__.keys() - swept)
     num_layers = settings.get("num_layers", MQARRun.num_layers)
     if not isinstance(num_layers, int):
         raise ValueError(f"num_layers must be an integer, got {num_layers!r}")
@@ -70,7 +71,7 @@ def mqar_runs(
     for mixer, (length, pairs), d_model, variant, rate, seed in product(
         mixers, lengths.items(), d_models, variants, learning_rates, seeds
     ):
-        layers = _resona_layers(variant)
+        layers = resona_layers(variant)
         runs.append(MQARRun(
             mixer=mixer,
             d_model=d_model,
@@ -79,7 +80,7 @@ def mqar_runs(
             resona=None if layers is None else {"layers": layers, **retrieval},
             learning_rate=rate,
             seed=seed,
-            **_mixer_fields(mixer, dict(options.get(mixer, {})), length, num_layers),
+            **_mixer_fields(mixer, dict(options.get(mixer, {})), length, d_model, num_layers),
             **settings,
         ))
     return runs
@@ -98,15 +99,25 @@ def expected_seconds(run: MQARRun) -> float:
     return 1e-6 * run.max_epochs * run.num_train * example_us
 
 
-def _mixer_fields(mixer: str, options: dict[str, Any], input_length: int, num_layers: int) -> dict[str, Any]:
-    """mixer_args and layer_overrides of a run."""
-    if mixer != "baseconv":
-        return {"mixer_args": options, "layer_overrides": {}}
-    kernels = {str(layer): {"kernel_size": 3 if layer % 2 == 0 else -1} for layer in range(num_layers)}
-    return {"mixer_args": {"max_length": input_length, **options}, "layer_overrides": kernels}
+def _mixer_fields(
+    mixer: str, options: dict[str, Any], input_length: int, d_model: int, num_layers: int
+) -> dict[str, Any]:
+    """mixer_args and layer_overrides of a run: what depends on its sizes or on the layer, then the given options."""
+    sized: dict[str, Any] = {
+        "baseconv": {"max_length": input_length},
+        "hyena": {"l_max": input_length},
+        "h3": {"d_state": input_length, "head_dim": 2},
+        "gated_deltanet": {"num_heads": 2, "head_dim": d_model // 2, "expand_v": 1.0},
+    }.get(mixer, {})
+    by_layer: dict[str, Any] = {}
+    if mixer == "baseconv":
+        by_layer = {str(layer): {"kernel_size": 3 if layer % 2 == 0 else -1} for layer in range(num_layers)}
+    elif mixer == "rwkv4":
+        by_layer = {str(layer): {"layer_idx": layer} for layer in range(num_layers)}
+    return {"mixer_args": {**sized, **options}, "layer_overrides": by_layer}
 
 
-def _resona_layers(variant: str) -> list[int] | None:
+def resona_layers(variant: str) -> list[int] | None:
     """Layers that a variant names; None for the base."""
     if variant == "base":
         return None
@@ -115,10 +126,3 @@ def _resona_layers(variant: str) -> list[int] | None:
         raise ValueError(f"a variant is 'base' or 'resona' and layers, such as 'resona0' or 'resona0+2', "
                          f"got {variant!r}")
     return [int(layer) for layer in layers]
-
-
-def _check_names(what: str, given: Mapping[str, Any], allowed: Any) -> None:
-    for name in given:
-        if name not in allowed:
-            raise ValueError(f"{what} has an unknown name {name!r}{did_you_mean(name, allowed)}; "
-                             f"allowed: {', '.join(sorted(allowed))}")

@@ -2,7 +2,8 @@
 
 On a CPU nothing counts what tensors take, so the process's resident memory stands in for it, libraries
 included (some 400 MB after `import torch`). Linux keeps a peak that can be reset; macOS only the peak since
-the process began.
+the process began. Runs that share a process share its peak: what one of them reports is that of all since the last of
+them began.
 """
 
 from __future__ import annotations
