@@ -40,7 +40,7 @@ def scope_of(profile: str) -> dict:
 def test_first_cell_says_what_is_tested(notebook):
     first = notebook.cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# ")
-    assert "Claim" in first.source and "Figure 5" in first.source and "Table 11" in first.source
+    assert "Claim" in first.source and "Figure 5" in first.source and "Tables 11 and 1" in first.source
 
 
 def test_defaults_are_the_smoke_values(notebook):

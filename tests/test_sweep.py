@@ -6,16 +6,22 @@ import functools
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sweep_runs import QuickRun, experiment, forgets_metrics, quick_run
 
 from lrm_recall import provenance
+from lrm_recall.claims import Claims
 from lrm_recall.progress import SweepProgress, duration
 from lrm_recall.results import ResultStore, StoreError
-from lrm_recall.sweep import Experiment, plan_sweep, run_sweep
+from lrm_recall.rows import make_row
+from lrm_recall.sweep import Experiment, plan_sweep, run_sweep, shard_of
 
 quietly = functools.partial(run_sweep, profile="smoke", progress=False)
 
@@ -102,7 +108,7 @@ def test_a_plan_lists_what_is_missing_and_runs_nothing(store, tmp_path):
     assert len(plan.keys) == 3 and plan.missing == plan.keys[2:]
     head, todo, failed = str(plan).splitlines()
     assert head == "quick: 3 runs, 1 stored, 1 to do, 1 failed earlier, about 3 min of work"
-    assert plan.missing[0] in todo and "seed=2" in todo
+    assert f"{plan.missing[0]}  3 min, seed=2, behaviour='ok'" in todo
     assert rows[1]["key"] in failed and "no such luck" in failed
 
 
@@ -153,6 +159,121 @@ def test_data_needs_source_and_revision():
 def test_workers_must_be_positive(store, tmp_path, workers):
     with pytest.raises(ValueError, match=f"workers is {workers}"):
         quietly(specs(tmp_path, "ok"), experiment(), store, workers=workers)
+
+
+# --- short of time
+
+
+def test_no_run_is_started_after_the_deadline_and_the_cheapest_go_first(store, tmp_path):
+    runs = [QuickRun(seed, sleep_s=0.2, log=str(tmp_path / "log")) for seed in range(4)]
+    costs = experiment(cost=lambda run: 10.0 - run.seed)
+    rows = quietly(runs, costs, store, deadline=time.monotonic() + 0.3)
+    assert [row["seed"] for row in rows] == [2, 3] and begun(tmp_path) == [2, 3]
+    assert quietly(runs[:2], costs, store, deadline=time.monotonic() - 1) == [] and begun(tmp_path) == []
+    assert len(quietly(runs, costs, store, deadline=time.monotonic() + 60)) == 4 and begun(tmp_path) == [0, 1]
+
+
+# --- machines that share nothing
+
+
+@given(costs=st.lists(st.floats(0.1, 100), min_size=1, max_size=30), count=st.integers(1, 6))
+def test_shards_are_all_the_groups_once_and_about_even(costs, count):
+    groups = {f"group {index}": cost for index, cost in enumerate(costs)}
+    shards = [shard_of(groups, index, count) for index in range(count)]
+    assert sorted(group for shard in shards for group in shard) == sorted(groups)
+    loads = [sum(groups[group] for group in shard) for shard in shards]
+    assert max(loads) - min(loads) <= max(costs) + 1e-6
+    with pytest.raises(ValueError, match=f"there are shards 0 to {count - 1}, not {count}"):
+        shard_of(groups, count, count)
+
+
+# --- sweeps that share a store
+
+
+def test_a_claim_is_held_by_one_sweep_until_it_is_given_back(store):
+    one, other = Claims(store.path), Claims(store.path)
+    assert one.take("a" * 16) and not other.take("a" * 16) and other.take("b" * 16)
+    one.release("a" * 16)
+    assert other.take("a" * 16) and not one.take("a" * 16)
+    folder = store.path.with_name(store.path.name + ".claims")
+    one.close()
+    assert folder.is_dir(), "the other still needs it"
+    other.close()
+    assert not folder.exists()
+    assert one.take("a" * 16), "a sweep may go on after all"
+    one.close()
+
+
+def test_many_threads_never_hold_a_claim_at_once(store):
+    holders, worst, failures = [], [], []
+
+    def work():
+        claims = Claims(store.path)
+        try:
+            for _ in range(20):
+                while not claims.take("a" * 16):
+                    time.sleep(0.0001)
+                holders.append(1)
+                worst.append(len(holders))
+                time.sleep(0.0002)
+                holders.pop()
+                claims.release("a" * 16)
+            claims.close()
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and worst == [1] * 160
+
+
+@pytest.mark.parametrize("retry", [False, True])
+@pytest.mark.parametrize("error", [None, "RuntimeError: elsewhere"])
+def test_a_row_that_lands_during_the_sweep_is_taken_and_not_done_again(store, tmp_path, error, retry):
+    first, second = specs(tmp_path, "ok", "ok")
+    plan = plan_sweep([first, second], experiment(), store)
+
+    def lands(row):
+        if row["seed"] == 0:  # another sweep on this store ends the second run meanwhile
+            store.append(make_row(experiment="quick", config=vars(second), seed=1, data={"source": "", "revision": "1"},
+                                  code=plan.codes[plan.missing[1]], profile="smoke", machine={}, error=error,
+                                  metrics={"accuracy": 7.0}))  # fmt: skip
+
+    if error:
+        with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+            rows = quietly([first, second], experiment(), store, on_row=lands, retry_failed=retry)
+    else:
+        rows = quietly([first, second], experiment(), store, on_row=lands, retry_failed=retry)
+    assert begun(tmp_path) == [0]
+    assert rows[1]["metrics"] == {"accuracy": 7.0} and rows[1]["error"] == error
+
+
+def test_a_failure_from_before_is_retried_although_its_row_is_there(store, tmp_path):
+    runs = specs(tmp_path, "raise")
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed"):
+            quietly(runs, experiment(), store, retry_failed=True)
+    assert begun(tmp_path) == [0, 0]
+
+
+def test_a_run_in_other_hands_is_waited_for(store, tmp_path):
+    (run,) = specs(tmp_path, "ok")
+    (key,) = plan_sweep([run], experiment(), store).missing
+    other = Claims(store.path)
+    assert other.take(key)
+    given_back = threading.Timer(0.8, other.close)  # it gives up
+    given_back.start()
+    start = time.monotonic()
+    assert len(quietly([run], experiment(), store)) == 1 and begun(tmp_path) == [0]
+    assert time.monotonic() - start > 0.7
+    assert other.take(key)
+    another = QuickRun(0, log=str(tmp_path / "other"))
+    soon = time.monotonic() + 10
+    assert len(quietly([another], experiment(), store, deadline=soon)) == 1, "it waits for its own runs alone"
+    other.close()
 
 
 # --- Dask workers

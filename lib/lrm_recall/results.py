@@ -12,14 +12,16 @@ Files are named outputs/results/<group>.<profile>.jsonl, for example synthetic.l
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lrm_recall.rows import FIELDS, Row, make_row, newest, plain, row_problem, run_key
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     import pandas as pd  # imported where a table is made: sweeps and the command line do without
 
 __all__ = [
+    "Merge",
     "ResultStore",
     "StoreError",
     "frame",
@@ -42,6 +45,14 @@ _LINE_START = b'{"key":"'  # how every line of ours begins, so that a torn one i
 
 class StoreError(ValueError):
     """A file of results that cannot be read: names the file, the line and what is wrong with it."""
+
+
+class Merge(NamedTuple):
+    """How many rows a merge took in under a new key, how many in place of an older or failed row, how many not."""
+
+    added: int
+    replaced: int
+    kept: int
 
 
 class ResultStore:
@@ -90,27 +101,31 @@ class ResultStore:
         Raises:
             ValueError: when `row` is not valid, or its key does not belong to its content.
             StoreError: when the file holds a line that is not a row. In both cases nothing is written.
+            OSError: when the file cannot be written, as on a full disk; it is left as it was.
         """
-        if problem := row_problem(row):
-            raise ValueError(f"not a valid row: {problem}")
-        key = run_key(row["experiment"], row["config"], row["seed"], row["data"]["revision"], row["code"])
-        if row["key"] != key:
-            raise ValueError(f"the row's key is {row['key']}, but its content has the key {key}")
-        content = {name: plain(row[name], name) for name in FIELDS}  # the key first, as in _LINE_START
-        line = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
-            self._repair(file)
-            size = os.fstat(file).st_size
-            try:
-                if (written := os.write(file, line)) != len(line):
-                    raise OSError(f"{self.path}: only {written} of {len(line)} bytes could be written")
-                os.fsync(file)
-            except OSError:
-                os.ftruncate(file, size)
-                raise
-            if size == 0:
-                _sync_folder(self.path.parent)
+        line = _line(row)
+        with self._open_to_write() as file:
+            self._write(file, line)
+
+    def merge(self, rows: Iterable[Row]) -> Merge:
+        """Take in the rows of other stores: on return they are on disk, all of them or, on an error, none.
+
+        Of two rows of one key the newer successful one counts (by `created`), then the newer failed one. A row that
+        does not count is not taken in, so merging the same rows again changes nothing. Rows of other sweeps that
+        arrive meanwhile wait for the merge.
+
+        Raises:
+            ValueError, StoreError, OSError: as `append`.
+        """
+        offered = _by_age(rows)
+        lines = {key: _line(row) for key, row in offered.items()}
+        with self._open_to_write() as file:
+            here = newest(self._read(file)[0])
+            taken = {key for key, row in offered.items() if key not in here or _counts(row, here[key])}
+            if taken:
+                self._write(file, b"".join(line for key, line in lines.items() if key in taken))
+        return Merge(added=len(taken - here.keys()), replaced=len(taken & here.keys()),
+                     kept=len(offered.keys() - taken))
 
     def repair(self) -> None:
         """Check every line, and move a torn last line away; `append` does the same before it writes.
@@ -137,6 +152,27 @@ class ResultStore:
             yield file
         finally:
             os.close(file)  # releases the lock, as does the death of the process
+
+    @contextlib.contextmanager
+    def _open_to_write(self) -> Iterator[int]:
+        """The file under the exclusive lock, made if need be, every line of it a row."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._open(os.O_RDWR | os.O_APPEND | os.O_CREAT, fcntl.LOCK_EX) as file:
+            self._repair(file)
+            yield file
+
+    def _write(self, file: int, lines: bytes) -> None:
+        """Append whole lines: on return they are on disk, on an error the file is as it was."""
+        size = os.fstat(file).st_size
+        try:
+            if (written := os.write(file, lines)) != len(lines):
+                raise OSError(errno.ENOSPC, f"only {written} of {len(lines)} bytes fit on the disk", str(self.path))
+            os.fsync(file)
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+        if size == 0:
+            _sync_folder(self.path.parent)
 
     def _read(self, file: int) -> tuple[list[Row], bytes]:
         """All rows, and the torn last line (empty when there is none)."""
@@ -183,6 +219,31 @@ class ResultStore:
         if problem := row_problem(row):
             raise StoreError(f"{self.path}: line {number} is not a row of results: {problem}")
         return row
+
+
+def _line(row: Row) -> bytes:
+    """A row as the line that is stored.
+
+    Raises:
+        ValueError: when `row` is not valid, or its key does not belong to its content.
+    """
+    if problem := row_problem(row):
+        raise ValueError(f"not a valid row: {problem}")
+    key = run_key(row["experiment"], row["config"], row["seed"], row["data"]["revision"], row["code"])
+    if row["key"] != key:
+        raise ValueError(f"the row's key is {row['key']}, but its content has the key {key}")
+    content = {name: plain(row[name], name) for name in FIELDS}  # the key first, as in _LINE_START
+    return json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
+
+
+def _by_age(rows: Iterable[Row]) -> dict[str, Row]:
+    """The row that counts of each key, whatever order they come in."""
+    return newest(sorted(rows, key=lambda row: datetime.fromisoformat(row["created"])))
+
+
+def _counts(row: Row, other: Row) -> bool:
+    """Whether `row` counts where `other`, of the same key, is stored already."""
+    return row != other and _by_age([other, row])[row["key"]] is row
 
 
 def _is_whole(line: bytes) -> bool:

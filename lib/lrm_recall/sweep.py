@@ -3,7 +3,8 @@
 A run is described by a frozen dataclass (its fields are the row's config; it has a `seed`) and done by an
 importable function that takes it and returns {"metrics": {...}} and, if it likes, "history", "runtime_s" and
 "peak_memory_mb". A run that raises, returns NaN or loses its process is stored as failed, with the reason,
-and stops none of the others; it is tried again only on request.
+and stops none of the others; it is tried again only on request. Sweeps may share a store: each run is done by one
+of them, and its row serves all.
 
     data = {"source": "generated", "revision": "1"}
     experiment = Experiment("mqar", run_mqar, data, modules=code_modules)
@@ -16,18 +17,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lrm_recall.claims import Claims
 from lrm_recall.code_hash import code_hash
-from lrm_recall.execution import Outcome, Run, dask_client, execute_here, execute_on
+from lrm_recall.execution import Outcome, Run, SchedulerLost, dask_client, execute_here, execute_on
 from lrm_recall.progress import SweepProgress, duration
 from lrm_recall.results import ResultStore
 from lrm_recall.rows import Row, make_row, not_finite, plain, run_key
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 _RESULT = ("metrics", "history", "runtime_s", "peak_memory_mb")
+_PATIENCE_S = 0.5  # between two looks at what other sweeps are doing
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,9 @@ class Plan:
             parts.append(f"about {duration(sum(self.cost.values()))} of work")
         shown = _distinctive(self.specs)
         lines = [f"{self.experiment}: {len(self.specs)} runs, {', '.join(parts)}"]
-        lines += [f"  to do   {key}  {shown[key]}" for key in self.missing]
+        hints = self.cost or {}
+        lines += [f"  to do   {key}  {f'{duration(hints[key])}, ' if key in hints else ''}{shown[key]}"
+                  for key in self.missing]
         lines += [f"  failed  {key}  {reason}" for key, reason in self.failed.items()]
         return "\n".join(lines)
 
@@ -149,61 +158,171 @@ def run_sweep(
     retry_failed: bool = False,
     fresh: bool = False,
     progress: bool = True,
+    deadline: float | None = None,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Do the missing runs; return the row of every run asked for, in the order of `specs`, duplicates once.
 
-    Rows of failed runs are among them (`row["status"]`), and one warning sums them up.
+    Rows of failed runs are among them (`row["status"]`), and one warning sums them up. A run that another sweep on this
+    store has in hand is left to it, and waited for.
 
     Args:
         workers: 1 runs here, in this process; more starts that many processes of one thread each; an address
             ("tcp://127.0.0.1:8786") hands the runs to the Dask cluster there. A script that asks for
             processes needs the usual `if __name__ == "__main__":`; a notebook does not.
         retry_failed, fresh: as in `plan_sweep`.
+        deadline: a time of `time.monotonic()` after which no run is started, the cheapest having gone first; those
+            under way are finished, and those not started have no row in what is returned.
         on_row: called with each new row, once it is on disk.
 
     Raises:
         ValueError: as `plan_sweep`, or for `workers` below 1.
         ConnectionError: when no Dask scheduler answers at the address.
         StoreError: when the store's file is corrupt. In each of these cases nothing is run.
+        SchedulerLost: when the Dask scheduler goes away during the sweep. The runs that it had in hand stay missing.
+        OSError: when a row cannot be written. Those written before stay.
     """
     if isinstance(workers, int) and workers < 1:
         raise ValueError(f"workers is {workers}; it must be 1 or more, or the address of a Dask scheduler")
+    before = _latest(store)  # ahead of the plan: a row that lands between the two is in neither, and not done again
     plan = plan_sweep(specs, experiment, store, retry_failed=retry_failed, fresh=fresh)
     store.repair()
     new: dict[str, Row] = {}
     if plan.missing:
-        with contextlib.closing(_do(plan, experiment, profile, workers, progress)) as rows:
+        queue = _Queue(plan, store, before, _order(plan, workers, deadline), deadline)
+        with contextlib.closing(queue), contextlib.closing(_do(queue, experiment, profile, workers, progress)) as rows:
             for row in rows:
                 store.append(row)
-                new[row["key"]] = row
+                queue.stored(row)
                 if on_row is not None:
                     on_row(row)
-    latest = {row["key"]: row for row in [*store.failures(), *store.rows()]} | new
-    asked = [latest[key] for key in plan.specs]
+        new = queue.rows
+    latest = _latest(store) | new
+    asked = [latest[key] for key in plan.specs if key in latest]
     _warn_of_failures(asked, len(plan.failed))
     return asked
 
 
-def _do(plan: Plan, experiment: Experiment, profile: str, workers: int | str, show: bool) -> Iterator[Row]:
-    """Do the missing runs of `plan`; yield the row of each as it ends."""
-    order = plan.missing
+def shard_of(groups: Mapping[Any, float], index: int, count: int) -> set[Any]:
+    """The groups of one of `count` machines that share nothing, so that all have about as much to do.
+
+    The same on every machine that asks with the same groups: the most expensive group goes first, each to whoever has
+    least so far.
+
+    Args:
+        groups: expected seconds of each group of runs that should stay together.
+        index: which machine, from 0.
+
+    Raises:
+        ValueError: index is not from 0 to count - 1.
+    """
+    if not 0 <= index < count:
+        raise ValueError(f"there are shards 0 to {count - 1}, not {index}")
+    load = [0.0] * count
+    mine = set()
+    for group, seconds in sorted(groups.items(), key=lambda item: -item[1]):
+        least = load.index(min(load))
+        load[least] += seconds
+        if least == index:
+            mine.add(group)
+    return mine
+
+
+class _Queue:
+    """The missing runs of a plan, handed out one by one: not those that another sweep has, and none after the deadline.
+
+    To an executor it is what a mapping from keys to descriptions would be, through `items` alone.
+
+    Attributes:
+        order: keys of the missing runs, the first to do first.
+        waiting: keys not handed out yet.
+        rows: the row of each run that has ended since the plan, here or in another sweep.
+    """
+
+    def __init__(self, plan: Plan, store: ResultStore, before: Mapping[str, Row], order: list[str],
+                 deadline: float | None):  # fmt: skip
+        self.plan, self.order, self.waiting = plan, order, order
+        self.rows: dict[str, Row] = {}
+        self._store, self._before, self._deadline = store, before, deadline
+        self._claims = Claims(store.path)
+        self._news: list[Row] = []
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """Key and description of every run that can be done now, claimed the moment it is asked for."""
+        waiting, self.waiting = self.waiting, []
+        for key in waiting:
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self.waiting = []
+                return
+            if not self._claims.take(key):
+                self.waiting.append(key)
+                continue
+            row = _latest(self._store).get(key)
+            if row == self._before.get(key):
+                yield key, self.plan.specs[key]
+            else:
+                self.stored(row)
+                self._news.append(row)
+
+    def stored(self, row: Row) -> None:
+        """Note that `row` is in the store."""
+        self.rows[row["key"]] = row
+        self._claims.release(row["key"])
+
+    def news(self) -> list[Row]:
+        """Rows of other sweeps that have been found since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Leave to other sweeps what has not been done."""
+        self._claims.close()
+
+
+def _latest(store: ResultStore) -> dict[str, Row]:
+    """The row that counts of each key, failed ones included."""
+    return {row["key"]: row for row in [*store.failures(), *store.rows()]}
+
+
+def _order(plan: Plan, workers: int | str, deadline: float | None) -> list[str]:
+    """Keys of the missing runs, the first to do first."""
+    if plan.cost is None or (workers == 1 and deadline is None):
+        return plan.missing
+    # longest first: none is left to one worker at the end; but short of time, the most rows that it has room for
+    return sorted(plan.missing, key=plan.cost.__getitem__, reverse=deadline is None)
+
+
+def _do(queue: _Queue, experiment: Experiment, profile: str, workers: int | str, show: bool) -> Iterator[Row]:
+    """Do the runs of `queue`; yield the row of each as it ends."""
+    plan = queue.plan
     if isinstance(workers, int):
-        workers = min(workers, len(order))
-    if workers != 1 and plan.cost is not None:  # longest first: none is left to one worker at the end
-        order = sorted(order, key=plan.cost.__getitem__, reverse=True)
-    todo = {key: plan.specs[key] for key in order}
+        workers = min(workers, len(queue.order))
     with contextlib.ExitStack() as stack:
         if workers == 1:
-            at_a_time, outcomes = 1, execute_here(experiment.run, todo)
+            at_a_time, execute = 1, execute_here
         else:
             client = stack.enter_context(dask_client(workers))
-            at_a_time, outcomes = sum(client.nthreads().values()), execute_on(client, experiment.run, todo)
-        bar = stack.enter_context(SweepProgress(experiment.name, todo, plan.cost, at_a_time, show))
-        for key, outcome in outcomes:
-            row = _row(experiment, plan.specs[key], plan.codes[key], profile, outcome)
-            bar.finished(key, row["runtime_s"], failed=row["status"] == "failed")
-            yield row
+            at_a_time, execute = sum(client.nthreads().values()), functools.partial(_execute_connected, client)
+        bar = stack.enter_context(SweepProgress(experiment.name, queue.order, plan.cost, at_a_time, show))
+        while queue.waiting:
+            for key, outcome in execute(experiment.run, queue):
+                row = _row(experiment, plan.specs[key], plan.codes[key], profile, outcome)
+                bar.finished(key, row["runtime_s"], failed=row["status"] == "failed")
+                yield row
+            for row in queue.news():
+                bar.finished(row["key"], row["runtime_s"], failed=row["status"] == "failed")
+            if queue.waiting:
+                time.sleep(_PATIENCE_S)
+
+
+def _execute_connected(client: Client, run: Run, queue: _Queue) -> Iterator[tuple[str, Outcome]]:
+    """`execute_on`, whatever Dask says when it finds its scheduler gone turned into SchedulerLost."""
+    try:
+        yield from execute_on(client, run, queue)
+    except OSError as error:
+        if error.errno is not None:  # of a file: those of Dask's connections have no number
+            raise
+        raise SchedulerLost("the connection to the Dask scheduler broke; start again to do what is missing") from error
 
 
 def _row(experiment: Experiment, spec: Any, code: str, profile: str, outcome: Outcome) -> Row:
@@ -251,15 +370,29 @@ def _config(spec: Any) -> dict[str, Any]:
 
 
 def _distinctive(specs: Mapping[str, Any]) -> dict[str, str]:
-    """Of each run the fields that are not the same in all runs; of an only run all fields."""
-    configs = {key: _config(spec) for key, spec in specs.items()}
-    first = next(iter(configs.values()), {})
-    same = {name for name in first if all(config.get(name) == first[name] for config in configs.values())}
-    hidden = same if len(configs) > 1 else set()
+    """Of each run the fields, nested ones by their path, that differ between runs; of an only run all of them."""
+    configs = {key: _flat(_config(spec) | _variant(spec)) for key, spec in specs.items()}
+    seen: dict[str, set[str]] = {}
+    for config in configs.values():
+        for name, value in config.items():
+            seen.setdefault(name, set()).add(repr(value))
+    hidden = {name for name, values in seen.items() if len(values) == 1} if len(configs) > 1 else set()
     return {
         key: ", ".join(f"{name}={value!r}" for name, value in config.items() if name not in hidden)
         for key, config in configs.items()
     }
+
+
+def _variant(spec: Any) -> dict[str, str]:
+    return {"variant": spec.variant} if hasattr(spec, "variant") else {}
+
+
+def _flat(config: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested fields by their path: resona.top_k."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{path}{name}.") if isinstance(value, Mapping) else {path + name: value}
+    return flat
 
 
 def _warn_of_failures(rows: Sequence[Row], earlier: int) -> None:

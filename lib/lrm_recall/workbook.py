@@ -1,10 +1,12 @@
-"""The command line: `lrm-recall run`, `list`, `check` and `data`; also `python -m lrm_recall.workbook`.
+"""The command line: `lrm-recall run`, `list`, `check`, `sweep`, `results`, `data`; `python -m lrm_recall.workbook` too.
 
     lrm-recall run                                      every notebook at the profile smoke
     lrm-recall run 01_synthetic --profile laptop        one notebook at another scale
     lrm-recall run 01_synthetic -p seeds='[0, 1]'       one parameter changed; values are YAML
     lrm-recall list                                     notebooks, their parameters and profiles
     lrm-recall check                                    pairs, stripped outputs, parameter files
+    lrm-recall sweep synthetic --profile paper          the runs of a notebook alone, see lrm_recall.sweep_command
+    lrm-recall results merge FILE...                    rows of several machines into one file
     lrm-recall data prepare wikitext103                 corpora of real text, see lrm_recall.data.command
 
 Everything given is checked before anything runs. Exit code 0: done, and what the notebooks promise is there;
@@ -33,6 +35,8 @@ from lrm_recall.parameters import (
     read_assignments,
     read_yaml,
 )
+from lrm_recall.results_command import add_parser as add_results_parser
+from lrm_recall.sweep_command import add_parser as add_sweep_parser
 
 if TYPE_CHECKING:
     from lrm_recall.runner import Job
@@ -92,6 +96,17 @@ class Workbook:
         if not path.is_file():
             raise ParameterError([f"{shown} does not exist; an empty file keeps the notebook's own values"])
         return check_values(read_yaml(path, shown), declared, shown)
+
+    def parameters(self, name: str, profile: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Every parameter of a notebook: its own values, over them the profile's, over them those `given` with -p.
+
+        Raises:
+            UsageError, ParameterError: no such profile or parameter, or a value of another type.
+        """
+        _known("profile", profile, self.profiles)
+        declared = declared_parameters(self.read(name), name)
+        own = {parameter.name: parameter.default for parameter in declared.values()}
+        return own | self.values(name, profile, declared) | check_values(given, declared, f"{name}: -p")
 
 
 def _run(workbook: Workbook, options: argparse.Namespace) -> int:
@@ -202,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(command=_list)
     check = commands.add_parser("check", help="notebooks paired and stripped, parameter files valid")
     check.set_defaults(command=_check)
+    add_sweep_parser(commands)
+    add_results_parser(commands)
     add_data_parser(commands)
     return parser
 

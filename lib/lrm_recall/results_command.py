@@ -1,0 +1,59 @@
+"""`lrm-recall results merge`: rows of machines that share nothing into one file.
+
+    lrm-recall results merge a/synthetic.paper.jsonl b/synthetic.paper.jsonl     into outputs/results
+
+Of rows with the same key the newest successful one counts, then the newest failed one. Merging twice changes nothing,
+and a sweep may go on meanwhile.
+
+Exit code 0: done; 1: the file could not be written and is as it was; 2: a mistake in what was asked, or a file that is
+not one of rows; nothing has been done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrm_recall.parameters import ParameterError
+from lrm_recall.results import Merge, ResultStore, StoreError
+
+if TYPE_CHECKING:
+    from lrm_recall.workbook import Workbook
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add `results` to the command line."""
+    results = commands.add_parser("results", help="work on stored rows")
+    actions = results.add_subparsers(required=True, metavar="action")
+    merge = actions.add_parser("merge", help="take in the rows of other machines")
+    merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows, such as a/synthetic.paper.jsonl")
+    merge.add_argument("--into", type=Path, metavar="FILE", help="default: the file of that name in outputs/results")
+    merge.set_defaults(command=_merge)
+
+
+def _merge(workbook: Workbook, options: argparse.Namespace) -> int:
+    names = {path.name for path in options.files}
+    if options.into is None and len(names) > 1:
+        raise ParameterError([f"rows of {', '.join(sorted(names))} belong into different files; name one with --into"])
+    for path in options.files:
+        if not path.is_file():
+            raise ParameterError([f"there is no file {path}"])
+    into = options.into or workbook.root / "outputs" / "results" / names.pop()
+    stores = [ResultStore(path) for path in options.files]
+    try:
+        rows = [row for store in stores for row in (*store.failures(), *store.rows())]
+        merge = ResultStore(into).merge(rows)
+    except StoreError as error:
+        raise ParameterError([str(error)]) from None
+    except OSError as error:
+        print(f"lrm-recall: {error}; {into} is as it was", file=sys.stderr)
+        return 1
+    print(f"{into}: {_merged(merge)}")
+    return 0
+
+
+def _merged(merge: Merge) -> str:
+    return (f"{merge.added} rows of new keys, {merge.replaced} in place of an older or failed row of their key, "
+            f"{merge.kept} not needed: the newest successful row of a key counts")

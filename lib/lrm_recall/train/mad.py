@@ -1,0 +1,238 @@
+"""Training one small model on a task of Mechanistic Architecture Design (MAD): what a run is, and running it.
+
+A run is a frozen `MADRun`; `run_mad(run)` trains from scratch and returns plain numbers (Resona, Table 1 and appendix
+A.3). The training is mad-lab's (Poli et al. 2024, github.com/athms/mad-lab at 0f49a45), to whose "benchmark settings"
+appendix A.3 refers: AdamW, 200 epochs in batches of 128, cosine to 1e-6, an end at an accuracy of 0.999, no warmup, no
+clipping; RMSNorm, SwiGLU of 8/3 the width, output layer of its own. What differs, and why:
+    a validation set stands beside mad-lab's two: it decides when training ends and which learning rate counts, where
+        mad-lab asks the test set;
+    the cosine falls at every step, not at every epoch;
+    vectors (norm gains, biases, rates) are not decayed, because zero is no neutral value for them;
+    matrices start from a normal distribution of standard deviation 0.02, as everywhere in this library (mad-lab:
+        torch's own, 0.05 at this width), and the output layer has no bias;
+    everything is float32 unless `precision` says otherwise (mad-lab: bfloat16 mixed).
+
+Depth. Appendix A.3 has "a 4-hybrid block configuration, where each block consists of a linear recurrent layer followed
+by a SwiGLU layer". That is four such pairs, or four layers, two pairs: mad-lab's standard model, which its README calls
+"a 4-layer model, composed of multi-head attention, SwiGLU, multi-head attention, SwiGLU". The default is two pairs,
+because the same sentence goes on "we follow the benchmark settings from Poli et al.", section 4.2.1 speaks of "a 4
+layer model" with a hidden size of 128, mad-lab's width, and all of Poli et al.'s scores are of that depth;
+`num_blocks=4` is the other reading, and a field of every row.
+
+Which blocks retrieve, the paper does not say for MAD; `resona` names them. The grid's default is the second of two: the
+keys of fuzzy recall have up to three tokens, and in the first block a query knows its own token alone. Fuzzy recall's
+base setting with 3,200 examples, RWKV5 of width 64, 14 epochs at 2e-3, one seed, plain accuracy: no retrieval 0.17, in
+the first block 0.20, in the second 0.23, in both 0.29.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lrm_recall.config import RecurrentLMConfig
+from lrm_recall.model import RecurrentLM
+from lrm_recall.options import accepted_options, check_options
+from lrm_recall.resona.layer import Resona
+from lrm_recall.tasks.mad import MADTask, accuracy, mad_data
+from lrm_recall.tasks.mad.task import check_seed
+from lrm_recall.tasks.mqar import split_seed
+from lrm_recall.train.batches import Splits, from_labels
+from lrm_recall.train.device import own_stream
+from lrm_recall.train.loop import fit, logits_of_questions
+from lrm_recall.train.mad_autoencoder import AutoEncoder, logits_of_decoder
+from lrm_recall.train.memory import peak_mb, reset_peak
+from lrm_recall.train.optimise import FitSettings
+from lrm_recall.train.start import initial_model, torch_threads
+
+_making = threading.Lock()  # else threads that begin together would each make the same data
+_WIDTH_STEP = 16  # mad-lab rounds a SwiGLU's width up to a multiple of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class MADRun:
+    """Everything that decides the outcome of one run; plain JSON through `dataclasses.asdict`.
+
+    Wrong names and types, sizes that cannot be, and whatever the model's own configuration refuses raise
+    ValueError.
+    """
+
+    # the model
+    mixer: str
+    mixer_args: dict[str, Any] = field(default_factory=dict)
+    d_model: int = 128
+    num_blocks: int = 2  # each a mixer and a SwiGLU
+    embedding_range: float = 0.02  # std of the initial embeddings
+    resona: dict[str, Any] | None = None  # {"layers": [1], "chunk_size": 6, "top_k": 1, ...}; blocks count as layers
+    # the data
+    task: MADTask
+    num_valid: int = 1_280
+    # the training
+    learning_rate: float
+    weight_decay: float = 0.0
+    min_learning_rate: float = 1e-6  # where the cosine ends
+    batch_size: int = 128
+    max_epochs: int = 200
+    target_accuracy: float | None = 0.999  # macro, of validation: stop after the epoch that reaches it; None: never
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # as in FitSettings
+    seed: int = 12345  # of the data (mad-lab's for the same seed), the initial weights and the order of the examples
+    threads: int = 1  # of torch on a CPU; they change the order of sums, so they are part of the run
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, MADTask):
+            raise ValueError(f"task must be a MADTask, got {self.task!r:.80}")
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "task"}
+        check_options(type(self), values, "MADRun")
+        for name in ("num_valid", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a finite number above zero, got {self.learning_rate}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(f"min_learning_rate must lie in 0 ... learning_rate ({self.learning_rate}), got "
+                             f"{self.min_learning_rate}")
+        self.to_fit_settings()
+        self.to_model_config()
+        if self.resona is not None:
+            chunk_size = self.resona.get("chunk_size", accepted_options(Resona)["chunk_size"].default)
+            if chunk_size >= self.task.input_length:
+                raise ValueError(f"resona: chunk_size must be below the input length ({self.task.input_length}), got "
+                                 f"{chunk_size}: no chunk would lie wholly before any position")
+
+    @property
+    def variant(self) -> str:
+        """"base", or "resona" and the blocks that retrieve ("resona1", "resona0+1")."""
+        return "base" if self.resona is None else "resona" + "+".join(map(str, self.resona["layers"]))
+
+    def to_model_config(self) -> RecurrentLMConfig:
+        """The model of this run, or its encoder where the task decodes the last position."""
+        return RecurrentLMConfig(
+            vocab_size=self.task.vocab_size,
+            hidden_size=self.d_model,
+            num_hidden_layers=self.num_blocks,
+            mixer=self.mixer,
+            mixer_args=self.mixer_args,
+            mlp="swiglu",
+            intermediate_size=max(1, -(-int(self.d_model * 8 / 3) // _WIDTH_STEP)) * _WIDTH_STEP,
+            norm="rmsnorm",
+            embedding_range=self.embedding_range,
+            resona=self.resona,
+            use_cache=False,
+        )
+
+    def to_fit_settings(self) -> FitSettings:
+        """How the run is trained."""
+        return FitSettings(
+            learning_rate=self.learning_rate,
+            batch_size=self.batch_size,
+            max_epochs=self.max_epochs,
+            final_rate=self.min_learning_rate / self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=None,
+            target_accuracy=self.target_accuracy,
+            seed=self.seed,
+            precision=self.precision,
+        )
+
+
+def run_mad(
+    run: MADRun, progress: Callable[[dict[str, Any]], None] | None = None, device: str | torch.device = "cpu"
+) -> dict[str, Any]:
+    """Train the model of `run` from scratch and score it.
+
+    Training stops after `max_epochs`, or after the first epoch whose macro accuracy in validation reaches
+    `target_accuracy`; the model of the last epoch is scored. Threads may run several runs at once, but torch's number
+    of threads belongs to the whole process, so those must agree on `threads`.
+
+    Args:
+        run: what to train.
+        progress: called after every epoch with its entry of the history.
+        device: where to train.
+
+    Returns:
+        metrics: macro_accuracy (mad-lab's, the one that MAD scores are made of), accuracy (plain, per scored position)
+            and sequence_accuracy (all of an example's answers right), all on the test set; valid_accuracy (macro),
+            test_loss, epochs, steps, parameters, state_size (elements that one sequence of the input length
+            carries), tokens_per_s (training, all positions counted).
+        history: one dict an epoch, as `fit` gives it; valid_accuracy is macro.
+        runtime_s: wall-clock seconds, data and scoring included.
+        peak_memory_mb: see `lrm_recall.train.memory`.
+
+    Raises:
+        DivergedError: the training or validation loss of an epoch is not a finite number.
+    """
+    device = torch.device(device)
+    begin = time.perf_counter()
+    reset_peak(device)
+    settings = run.to_fit_settings()
+    with own_stream(device), torch_threads(run.threads, device):
+        splits = mad_splits(run)
+        model = _initial_model(run).to(device)
+        logits = logits_of_decoder if run.task.decodes_last_position else logits_of_questions
+        fitted = fit(settings, model, splits.to(device), logits, _score(run.task), progress)
+    test = accuracy(fitted.predictions, splits.test.answers, run.task.vocab_size)
+    seconds = sum(epoch["seconds"] for epoch in fitted.history)
+    epochs, num_train = len(fitted.history), run.task.num_train_examples
+    return {
+        "metrics": {
+            "macro_accuracy": test.macro,
+            "accuracy": test.position,
+            "sequence_accuracy": test.sequence,
+            "valid_accuracy": fitted.history[-1]["valid_accuracy"],
+            "test_loss": fitted.test_loss,
+            "epochs": epochs,
+            "steps": epochs * settings.steps_per_epoch(num_train),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "state_size": model.state_size(run.task.input_length),
+            "tokens_per_s": epochs * num_train * run.task.input_length / seconds,
+        },
+        "history": fitted.history,
+        "runtime_s": time.perf_counter() - begin,
+        "peak_memory_mb": peak_mb(device),
+    }
+
+
+def code_modules(run: MADRun) -> list[str]:
+    """Modules whose code, with all they import, decides the result of a run: the argument of `code_hash`."""
+    retrieval = [] if run.resona is None else ["lrm_recall.resona.layer"]
+    never_run = ["-lrm_recall.checkpoints", "-lrm_recall.decode"]  # a run neither loads a model nor generates
+    return ["lrm_recall.train.mad", f"lrm_recall.mixers.{run.mixer}", *retrieval, *never_run]
+
+
+def _score(task: MADTask) -> Callable[[Tensor, Tensor], float]:
+    return lambda predictions, answers: accuracy(predictions, answers, task.vocab_size).macro
+
+
+def _initial_model(run: MADRun) -> RecurrentLM | AutoEncoder:
+    """The model with the initial weights of this run's seed."""
+    model = initial_model(run.to_model_config(), run.seed)
+    return AutoEncoder(model.model, run.task.input_length, run.seed) if run.task.decodes_last_position else model
+
+
+def mad_splits(run: MADRun) -> Splits:
+    """The data of a run, on the CPU; made once a process for runs that share it.
+
+    The validation set is drawn as the test set is, from a seed of its own; the facts of memorization are those of the
+    training set.
+    """
+    with _making:
+        return _made_splits(run.task, run.num_valid, run.seed)
+
+
+@lru_cache(maxsize=8)
+def _made_splits(task: MADTask, num_valid: int, seed: int) -> Splits:
+    made = mad_data(task, seed)
+    asked = replace(task, num_train_examples=1, num_test_examples=num_valid)
+    if task.task == "memorization" and task.kv_map_seed is None:
+        asked = replace(asked, kv_map_seed=seed)
+    valid = mad_data(asked, split_seed(seed, "valid")).test
+    return Splits(*(from_labels(data.inputs, data.targets) for data in (made.train, valid, made.test)))
