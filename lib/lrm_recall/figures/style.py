@@ -30,10 +30,15 @@ MODELS = {
     "baseconv": Mark("BaseConv", "o", "#0173b2"),
     "h3": Mark("H3", "v", "#949494"),
     "hyena": Mark("Hyena", "P", "#ca9161"),
-    "rwkv": Mark("RWKV", "X", "#cc78bc"),
+    "rwkv4": Mark("RWKV", "X", "#cc78bc"),
+    "rwkv5": Mark("RWKV5", "d", "#7a3b6d"),
     "mamba": Mark("Mamba", "<", "#56b4e9"),
     "mamba2": Mark("Mamba2", "s", "#d55e00"),
     "gla": Mark("GLA", "^", "#029e73"),
+    "deltanet": Mark("DeltaNet", ">", "#de8f05"),
+    "gated_deltanet": Mark("Gated DeltaNet", "p", "#8c5a00"),
+    "retnet": Mark("RetNet", "h", "#1b3f8b"),
+    "hymba": Mark("Hymba", "*", "#a3161a"),
     "attention": Mark("Transformer", "D", "#3b3b3b"),
 }
 

@@ -1,0 +1,82 @@
+"""From rows of language-model runs to what a table or figure draws: the newest setup, the seeds averaged.
+
+A cell is one profile, mixer, variant (base, sp, resona) and way of cutting text into sequences. Rows of a cell that
+differ in anything but the seed (shape, budget, corpus, code, Resona options): those like the newest row count, the rest
+is history. Perplexities are averaged as losses, in nats, whose standard deviation is that over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+EXPERIMENT = "language_model"
+CELL = ("profile", "mixer", "variant", "packed")
+VARIANT_NAMES = {"base": "Base model", "sp": "Size-matched base", "resona": "+ Resona"}
+
+_CONFIG = ("mixer", "variant", "packed", "hidden_size", "num_layers", "vocab_size", "length", "steps", "batch_size")
+_METRICS = ("test_loss", "test_ppl", "test_word_ppl", "valid_loss", "best_step", "parameters", "tokens", "tokens_per_s",
+            "mfu", "alone_loss", "behind_loss", "random_chunks_ppl", "test_positions")  # fmt: skip
+_OTHER = {"profile": "profile", "seed": "seed", "created": "created", "history": "history", "code": "code",
+          "data.source": "source", "data.corpus": "corpus", "peak_memory_mb": "peak_memory_mb"}  # fmt: skip
+RETRIEVAL = ("title", "chunk_size", "texts", "layers")
+
+
+def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Every successful run that counts, one a row.
+
+    Args:
+        rows: the table of `lrm_recall.results.frame` or `load_profiles`.
+        resona: keep runs with Resona only where they have these options; runs without Resona stay.
+
+    Returns:
+        CELL, seed, the fields and metrics of a run by their own names, and retrieval_title ... retrieval_layers;
+        empty when there is no such run.
+    """
+    columns = {f"config.{name}": name for name in _CONFIG} | {f"metrics.{name}": name for name in _METRICS} | _OTHER
+    columns |= {f"metrics.retrieval.{name}": f"retrieval_{name}" for name in RETRIEVAL}
+    if "experiment" not in rows or not len(rows):
+        return pd.DataFrame(columns=list(columns.values()))
+    ran = rows[(rows["experiment"] == EXPERIMENT) & (rows["status"] == "ok")]
+    for name, value in (resona or {}).items():
+        found = ran[f"config.resona.{name}"] if f"config.resona.{name}" in ran else pd.Series(index=ran.index)
+        same = found.map(lambda each, value=value: each == value).astype(bool)
+        ran = ran[(ran["config.variant"] != "resona") | same]
+    ran = ran.reindex(columns=list(dict.fromkeys([*ran.columns, *columns])))
+    named = ran.rename(columns=columns)
+    named = named.loc[:, ~named.columns.duplicated()]
+    return _newest_setup(named)[list(dict.fromkeys(columns.values()))].reset_index(drop=True)
+
+
+def lm_cells(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """One row a cell: test_loss and sd (nats a token), test_ppl and test_word_ppl (of the mean), seeds, and the rest.
+
+    Args as `lm_rows`.
+    """
+    runs = lm_rows(rows, resona)
+    numbers = ["test_loss", "test_word_ppl", "alone_loss", "behind_loss", "random_chunks_ppl", "tokens_per_s"]
+    runs = runs.astype(dict.fromkeys(numbers, float))
+    first = ("hidden_size", "num_layers", "vocab_size", "length", "steps", "batch_size", "parameters", "tokens",
+             "source", "corpus")  # fmt: skip
+    return runs.groupby(list(CELL), as_index=False, sort=False, dropna=False).agg(
+        **{name: (name, "first") for name in first},
+        sd=("test_loss", "std"), seeds=("seed", "nunique"), **{name: (name, "mean") for name in numbers},
+    )  # fmt: skip
+
+
+def variants_in(runs: pd.DataFrame) -> list[str]:
+    """The variants that are there, in the order of Table 2."""
+    return [variant for variant in VARIANT_NAMES if (runs["variant"] == variant).any()]
+
+
+def _newest_setup(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each cell the runs with the configuration, code and data of its newest run."""
+    varies = {"seed", "config.seed"}
+    columns = sorted(name for name in runs.columns if name.startswith("config.") and name not in varies)
+    columns += [*(name for name in _CONFIG if name not in CELL), "code", "data.revision"]
+    setup = [repr(values) for values in runs[columns].itertuples(index=False, name=None)]
+    runs = runs.assign(setup=setup).sort_values("created", kind="stable")
+    newest = runs.groupby(list(CELL), dropna=False)["setup"].transform("last")
+    return runs[runs["setup"] == newest]
