@@ -1,6 +1,7 @@
 # make workbook   run every notebook on this machine's CPU (PROFILE=smoke unless told otherwise)
 # make test       the tests
 # make test-kernels   our Triton kernels, interpreted on the CPU, and what flash-linear-attention's classes write
+# make test-eval  our adapter for lm-evaluation-harness, run through the harness
 # make test-browser   the walkthroughs in JupyterLab, driven by a headless Chromium; screenshots in build/browser
 # make lab        JupyterLab
 # make bench      the recurrences, side by side with what a user would pick instead
@@ -14,6 +15,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 READY   := $(VENV)/.ready
 BROWSER := $(VENV)/.browser
+EVAL    := $(VENV)/.eval
 KERNELS := $(VENV)/kernels
 
 # For test-browser: CHROMIUM=/path names a program; otherwise one of these, or Debian's package where root may install it
@@ -24,7 +26,7 @@ TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(PIP_FIND_LINKS),,--
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: workbook test test-kernels test-browser chromium lab bench bench-gpu bench-sliders check clean
+.PHONY: workbook test test-kernels test-eval test-browser chromium lab bench bench-gpu bench-sliders check clean
 
 workbook: $(READY)
 	$(BIN)/lrm-recall run --profile $(PROFILE) $(ARGS)
@@ -34,6 +36,9 @@ test: $(READY)
 
 test-kernels: $(KERNELS)
 	PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest tests/kernels tests/checkpoints/test_fla_classes.py -rs $(ARGS)
+
+test-eval: $(EVAL)
+	$(BIN)/python -m pytest tests/test_harness.py -rs $(ARGS)
 
 test-browser: $(BROWSER) chromium
 	$(BIN)/python -m pytest tests/browser -n 2 -rs $(ARGS)
@@ -54,6 +59,9 @@ bench-gpu: $(READY)
 	$(BIN)/python bench/gpu_models.py $(ARGS)
 	$(BIN)/python bench/gpu_parity.py $(ARGS)
 	$(BIN)/python bench/gpu_statex.py $(ARGS)
+	$(BIN)/python bench/gpu_chunk_search.py $(ARGS)
+	$(BIN)/python bench/gpu_chunk_attention.py $(ARGS)
+	$(BIN)/python bench/gpu_synthetic.py $(ARGS)
 	$(BIN)/python bench/gpu_cold_start.py quick $(ARGS)
 
 bench-sliders: $(READY)
@@ -73,6 +81,10 @@ $(READY): pyproject.toml constraints.txt
 $(KERNELS): $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial -c constraints.txt triton flash-linear-attention fla-core einops
 	rm -rf $@ && mv $@.partial $@
+
+$(EVAL): $(READY)
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[eval]'
+	touch $@
 
 $(BROWSER): $(READY)
 	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) -c constraints.txt -e '.[browser]'
