@@ -98,7 +98,7 @@ def size(model: nn.Module) -> int:
 def measure(run: Callable, models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, dict]:
     """Median milliseconds and peak MB of each side."""
     result = {side: {"ms": [], "peak_mb": 0.0} for side in models}
-    for repeat in range(-min(2, repeats - 1), repeats):  # the first compile
+    for repeat in range(-max(1, min(2, repeats - 1)), repeats):  # the first compile
         for side, model in list(models.items())[:: 1 if repeat % 2 else -1]:  # neither side always comes first
             gc.collect()
             torch.cuda.synchronize()

@@ -13,6 +13,13 @@ trend only      not that, but the paper's statement about the cell holds:
 not reproduced  we ran it and neither holds.
 not run         no row, or a row with Resona without the base row that its difference needs.
 
+For a cost in Tables 5 to 7 (milliseconds, GB), where less is better:
+
+reproduced      at the paper's shape and on a GPU of its class, ours is at most the printed value plus a tenth.
+trend only      not that, but what Resona adds, as a ratio to our own base model, is at most the printed ratio plus
+                a tenth. (A base model at another scale has no trend to show: it is not run.)
+not reproduced  we ran it and neither holds.
+
 A toy-scale value is never "reproduced", however close it comes: less training can also make a base model look
 bad. What counts as the paper's scale is said by `paper_scale_gaps`, field by field.
 """
@@ -31,6 +38,7 @@ VERDICTS = (REPRODUCED, TREND_ONLY, NOT_REPRODUCED, NOT_RUN)
 BASE_TOLERANCE = 0.1
 RESONA_TOLERANCE = 0.01
 SOLVED = 0.9  # a base model that the paper would not need Resona for
+COST_TOLERANCE = 1.1
 RECALLED = 0.99  # "perfect": also where training stops early
 
 # Resona, section 4.2.1 and appendix A.3. 20k/1k examples are the smaller of the two budgets that they name (A.3
@@ -87,6 +95,19 @@ def resona_verdict(ours: float | None, paper: float, *, our_base: float | None, 
         return NOT_RUN
     same_direction = _direction(ours - our_base) >= _direction(paper - paper_base)
     return TREND_ONLY if ours >= RECALLED and same_direction else NOT_REPRODUCED
+
+
+def cost_verdict(
+    ours: float | None, paper: float, *, our_ratio: float | None, paper_ratio: float | None, at_paper_scale: bool
+) -> str:
+    """Verdict on a cost; the ratios are those of Resona to the same model alone, None for a base model."""
+    if ours is None:
+        return NOT_RUN
+    if at_paper_scale and ours <= COST_TOLERANCE * paper:
+        return REPRODUCED
+    if our_ratio is not None and paper_ratio is not None and our_ratio <= COST_TOLERANCE * paper_ratio:
+        return TREND_ONLY
+    return NOT_REPRODUCED if at_paper_scale or our_ratio is not None else NOT_RUN
 
 
 def level(accuracy: float, pairs: int) -> str:
