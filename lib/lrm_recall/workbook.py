@@ -1,4 +1,4 @@
-"""The command line: `lrm-recall run`, `list`, `check`, `sweep`, `results`, `data`; `python -m lrm_recall.workbook` too.
+"""The command line: `lrm-recall run`, `list`, `check`, `sweep`, `results`, `data`, `evaluate`.
 
     lrm-recall run                                      every notebook at the profile smoke
     lrm-recall run 01_synthetic --profile laptop        one notebook at another scale
@@ -8,6 +8,7 @@
     lrm-recall sweep synthetic --profile paper          the runs of a notebook alone, see lrm_recall.sweep_command
     lrm-recall results merge FILE...                    rows of several machines into one file
     lrm-recall data prepare wikitext103                 corpora of real text, see lrm_recall.data.command
+    lrm-recall evaluate --model_args pretrained=DIR ... scores by lm-evaluation-harness, see lrm_recall.evaluate.harness
 
 Everything given is checked before anything runs. Exit code 0: done, and what the notebooks promise is there;
 1: a notebook failed, or `check` found something; 2: a mistake in what was asked, nothing has been done.
@@ -52,7 +53,12 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["evaluate"]:  # all that follows is the harness's own
+        from lrm_recall.evaluate.harness import main as evaluate
+
+        return evaluate(words[1:])
+    options = _parser().parse_args(words)
     try:
         return options.command(Workbook(_find_root(Path.cwd())), options)
     except (UsageError, ParameterError) as error:
@@ -220,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep_parser(commands)
     add_results_parser(commands)
     add_data_parser(commands)
+    commands.add_parser("evaluate", help="a model's scores by lm-evaluation-harness (docs/evaluation.md)")
     return parser
 
 

@@ -76,6 +76,7 @@ class Prepared:
             "corpus": manifest["corpus"],
             "source_revision": manifest["source_revision"],
             "tokenizer": manifest["tokenizer"],
+            "augmentation": manifest.get("augmentation"),
             "splits": {
                 name: {count: split[count] for count in ("articles", "tokens", "words", "longest")}
                 for name, split in manifest["splits"].items()

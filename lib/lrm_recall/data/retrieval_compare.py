@@ -5,8 +5,6 @@ T positions of a sequence, k chunks of each.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,8 +13,8 @@ from torch import Tensor
 from lrm_recall.data.errors import DataError
 from lrm_recall.data.retrieval import WithChunkIndices
 from lrm_recall.ops.loss import IGNORED
-from lrm_recall.resona.layer import Resona
 from lrm_recall.resona.search import NO_CHUNK, visible_chunks
+from lrm_recall.resona.watch import watched
 
 
 @torch.no_grad()
@@ -51,7 +49,7 @@ def compare(model: Any, sequences: WithChunkIndices, count: int | None = None) -
         predicted = int((labels[:, 1:] != IGNORED).sum())
         if not predicted:
             continue
-        with _caught(layers) as chosen:
+        with watched(layers) as chosen:
             own = model(ids, labels=labels, use_cache=False).loss
         given = model(ids, labels=labels, chunk_indices=indices, use_cache=False).loss
         loss["search"] += float(own) * predicted
@@ -60,7 +58,7 @@ def compare(model: Any, sequences: WithChunkIndices, count: int | None = None) -
         for index, layer in layers.items():
             visible = visible_chunks(torch.arange(ids.shape[1], device=ids.device), layer.chunk_size)  # [T]
             asking = visible > 0
-            same = _shared(chosen[index][0][asking], indices[0][asking])  # [positions that ask]
+            same = _shared(chosen[index].indices[0][asking], indices[0][asking])  # [positions that ask]
             shared[index] += float(same.sum())
             number = (indices[0][asking] != NO_CHUNK).sum(dim=-1)
             drawn[index] += float((number / visible[asking]).sum())
@@ -84,22 +82,3 @@ def _shared(own: Tensor, given: Tensor) -> Tensor:
     real = own != NO_CHUNK
     among = (own[..., None] == given[..., None, :]).any(dim=-1) & real  # [P, k, k'] -> [P, k]
     return among.sum(dim=-1) / real.sum(dim=-1)
-
-
-@contextlib.contextmanager
-def _caught(layers: Mapping[int, Resona]) -> Iterator[dict[int, Tensor]]:
-    """What each layer searches for in the calls of this block: layer -> indices [B, T, k]."""
-    chosen: dict[int, Tensor] = {}
-
-    def catch(index: int, layer: Resona) -> Any:
-        def before(_: Any, arguments: tuple) -> None:
-            chosen[index] = layer.retrieve(*arguments).indices
-
-        return layer.register_forward_pre_hook(before)
-
-    hooks = [catch(index, layer) for index, layer in layers.items()]
-    try:
-        yield chosen
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -117,7 +117,12 @@ def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     def filled(name: str, value: int) -> Tensor:
         return torch.stack([F.pad(item[name], (0, longest - len(item[name])), value=value) for item in items])
 
-    return {"input_ids": filled("input_ids", 0), "labels": filled("labels", IGNORED)}
+    batch = {"input_ids": filled("input_ids", 0), "labels": filled("labels", IGNORED)}
+    if "chunk_indices" in items[0]:  # [t, k] each, where chunks were found beforehand (lrm_recall.data.retrieval)
+        chosen = [item["chunk_indices"] for item in items]
+        chosen = [F.pad(indices, (0, 0, 0, longest - len(indices)), value=NO_CHUNK) for indices in chosen]
+        batch["chunk_indices"] = torch.stack(chosen)  # [B, T, k]
+    return batch
 
 
 @dataclass(frozen=True)

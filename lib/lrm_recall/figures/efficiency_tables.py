@@ -83,7 +83,7 @@ def state_cost_table(rows: pd.DataFrame) -> pd.DataFrame:
             lines.append({
                 "model": mark(mixer).name, "task": task, "tokens": int(length),
                 "layers expanded": int(cell["expanded_layers"]), "state, elements": int(cell["state_size"]),
-                "tokens a second": round(cell["tokens_per_s"]), "peak GiB": round(cell["gb"], 2),
+                "tokens a second": f"{cell['tokens_per_s']:,.0f}", "peak GiB": f"{cell['gb']:.2f}",
                 "time, ratio": float("nan") if base.empty else round(cell["ms"] / base["ms"].iloc[0], 3),
             })  # fmt: skip
     return pd.DataFrame(lines)
@@ -100,9 +100,9 @@ def training_cost_table(rows: pd.DataFrame) -> pd.DataFrame:
             base, resona = sides["base"], sides["resona"]
             lines.append({
                 "model": f"{mark(mixer).name}, {base['parameters'] / 1e6:,.0f}M", "tokens": int(length),
-                "base, ms": round(base["ms"], 1), "with Resona, ms": round(resona["ms"], 1),
-                "time, ratio": round(resona["ms"] / base["ms"], 3), "base, GiB": round(base["gb"], 2),
-                "with Resona, GiB": round(resona["gb"], 2),
+                "base, ms": f"{base['ms']:.1f}", "with Resona, ms": f"{resona['ms']:.1f}",
+                "time, ratio": round(resona["ms"] / base["ms"], 3), "base, GiB": f"{base['gb']:.2f}",
+                "with Resona, GiB": f"{resona['gb']:.2f}",
             })  # fmt: skip
     return pd.DataFrame(lines)
 

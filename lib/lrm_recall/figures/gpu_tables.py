@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from lrm_recall.figures.efficiency_tables import paper_cost_table, training_cost_table
 from lrm_recall.figures.tables import NOTHING, markdown
-from lrm_recall.results import ResultStore, profile_path
+from lrm_recall.results import ResultStore, frame, profile_path
 from lrm_recall.rows import Row
 
 _TASKS = {"train": "training step", "prefill": "prefill", "generate": "129 tokens by `generate`"}
+_TOP_K = 4  # of notebook 05
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -66,6 +68,81 @@ def tuning_table(rows: Sequence[Row]) -> pd.DataFrame:
          "shipped, ms": f"{ms['shipped']:.0f}", "shipped / quick": f"{ms['shipped'] / ms['quick']:.2f}"}
         for (model, task, length), ms in sorted(found.items(), key=lambda item: _order(item[0]))
         if {"quick", "shipped"} <= ms.keys()
+    ])  # fmt: skip
+
+
+def resona_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Reading a prompt with Resona beside the same model alone, and the paper's Tables 5 and 7 beside both."""
+    ours = frame([row for row in rows if row["experiment"] == "efficiency" and row["config"]["task"] == "prefill"
+                  and (row["config"]["resona"] or {"top_k": _TOP_K})["top_k"] == _TOP_K])  # not what somebody tried
+    tables = {number: paper_cost_table(ours, number) for number in (5, 7)}
+    lines = []
+    for (model, length), times in tables[5].groupby(["model", "length"], sort=False):
+        memory = tables[7][(tables[7]["model"] == model) & (tables[7]["length"] == length)]
+        alone, resona = ({cell["variant"]: cell for cell in part.to_dict("records")} for part in (times, memory))
+        if {"base", "resona"} <= alone.keys() and pd.notna(alone["resona"]["our_ratio"]):
+            lines.append({
+                "model, 1.3B": model, "tokens": f"{length:,}", "alone, ms": f"{alone['base']['ours']:.0f}",
+                "with Resona, ms": f"{alone['resona']['ours']:.0f}", "ratio": f"{alone['resona']['our_ratio']:.2f}",
+                "paper's ratio": f"{alone['resona']['paper_ratio']:.2f}",
+                "more memory, GiB": f"{resona['resona']['ours'] - resona['base']['ours']:.2f}",
+                "paper's": f"{resona['resona']['paper'] - resona['base']['paper']:.1f}",
+            })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def resona_training_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """A training step with Resona beside the same model alone."""
+    return training_cost_table(frame([row for row in rows if row["experiment"] == "efficiency"]))
+
+
+def search_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """`chunk_search` beside a product and torch.topk."""
+    pairs: dict[tuple, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["experiment"] == "bench_gpu_chunk_search":
+            config = row["config"]
+            key = tuple(config[name] for name in ("length", "chunks", "encoder_dim", "top_k", "dtype"))
+            pairs.setdefault(key, {})[config["side"]] = row["metrics"]
+    return pd.DataFrame([
+        {"queries": f"{length:,}", "chunks": f"{chunks:,}", "E": dim, "k": top_k, "dtype": _DTYPES[dtype],
+         "floor, ms": f"{sides['ours']['floor_ms']:.3f}", "ours, ms": f"{sides['ours']['forward_ms']:.3f}",
+         "product and topk, ms": f"{sides['topk']['forward_ms']:.3f}",
+         "times faster": f"{sides['topk']['forward_ms'] / sides['ours']['forward_ms']:.0f}",
+         "backward: ours, ms": f"{sides['ours']['backward_ms']:.2f}",
+         "torch, ms": f"{sides['topk']['backward_ms']:.2f}"}
+        for (length, chunks, dim, top_k, dtype), sides in pairs.items() if len(sides) == 2
+    ])  # fmt: skip
+
+
+def chunk_attention_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """`chunk_attention` beside what a user would pick instead, the same choices for all."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row["experiment"] == "bench_gpu_chunk_attention" and row["status"] == "ok":
+            found.setdefault(row["config"]["side"], {})[row["config"]["task"]] = row["metrics"]
+    lines = []
+    for side, tasks in found.items():
+        forward, backward = tasks["forward"], tasks.get("backward")
+        lines.append({
+            "side": side, "forward, ms": f"{forward['ms']:.2f}", "floors": f"{forward['ms'] / forward['floor_ms']:.1f}",
+            "backward, ms": NOTHING if backward is None else f"{backward['ms']:.2f}",
+            "backward / forward": NOTHING if backward is None else f"{backward['ms'] / forward['ms']:.1f}",
+        })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def small_models_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Steps a second of our trainer of small models and of zoology's."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["experiment"] == "bench_gpu_synthetic" and row["config"]["task"] == "train":
+            found.setdefault(row["config"]["mixer"], {})[row["config"]["side"]] = row["metrics"]["steps_per_s"]
+    sides = {"ours": "ours, fp32", "ours tf32": "ours, tf32", "ours, no graph": "ours, kernel by kernel"}
+    return pd.DataFrame([
+        {"mixer": mixer, "zoology": f"{steps['zoology']:.1f}",
+         **{name: f"{steps[side]:.1f} ({steps[side] / steps['zoology']:.1f}x)" for side, name in sides.items()}}
+        for mixer, steps in found.items() if {"zoology", *sides} <= steps.keys()
     ])  # fmt: skip
 
 
@@ -125,6 +202,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
     "models": models_table,
     "decoding": decoding_table,
     "tuning": tuning_table,
+    "resona": resona_table,
+    "resona training": resona_training_table,
+    "search": search_table,
+    "chunk attention": chunk_attention_table,
+    "small models": small_models_table,
     "parity": parity_table,
     "references": references_table,
     "statex": statex_table,
@@ -164,7 +246,7 @@ def _share(value: float | None) -> str:
 
 def stored_rows(results: Path) -> list[Row]:
     """The rows that docs/gpu.md shows."""
-    files = (("bench", "h100"), ("parity", "h100"), ("parity", "laptop"))
+    files = (("bench", "h100"), ("efficiency", "h100"), ("parity", "h100"), ("parity", "laptop"))
     return [row for group, profile in files for row in ResultStore(profile_path(results, group, profile)).rows()]
 
 

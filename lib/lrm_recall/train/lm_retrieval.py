@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrm_recall.resona.layer import Resona, Retrieval
+from lrm_recall.resona.layer import Retrieval
 from lrm_recall.resona.search import NO_CHUNK
+from lrm_recall.resona.watch import watched
 
 if TYPE_CHECKING:
     from lrm_recall.data.prepared import Prepared
@@ -42,8 +43,10 @@ def retrieval_map(
     lengths = [len(ids) for ids in rows["input_ids"]]
     chosen = next((i for i in range(article, len(rows)) if lengths[i] >= length), lengths.index(max(lengths)))
     ids = torch.tensor([rows[chosen]["input_ids"][:length]])  # [1, T]
-    found = _retrievals(model.eval(), ids.to(model.device))
-    layer = model.model.layers[model.config.resona_layers[0]].mixer
+    layers = {index: model.model.layers[index].mixer for index in model.config.resona_layers}
+    with watched(layers) as found:
+        model.eval().model(input_ids=ids.to(model.device), use_cache=False)
+    layer = layers[model.config.resona_layers[0]]
     chunks = ids.shape[1] // layer.chunk_size
     texts = ids[0, : chunks * layer.chunk_size].view(chunks, layer.chunk_size).tolist()
     return {
@@ -52,26 +55,6 @@ def retrieval_map(
         "texts": [decode(text) for text in texts],
         "layers": [{"layer": index, **_summary(each, chunks, layer.chunk_size)} for index, each in found.items()],
     }
-
-
-def _retrievals(model: RecurrentLM, ids: Tensor) -> dict[int, Retrieval]:
-    """The retrieval of each Resona layer for ids [1, T], caught while the model runs."""
-    found: dict[int, Retrieval] = {}
-
-    def catch(index: int, layer: Resona):
-        def before(_, args):
-            found[index] = layer.retrieve(*args)
-
-        return layer.register_forward_pre_hook(before)
-
-    layers = {index: model.model.layers[index].mixer for index in model.config.resona_layers}
-    hooks = [catch(index, layer) for index, layer in layers.items()]
-    try:
-        model.model(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
 
 
 def _summary(retrieval: Retrieval, chunks: int, chunk_size: int) -> dict[str, list]:
