@@ -57,6 +57,7 @@ gate: str = "null_chunk"  # Resona: weights of the found chunks, null_chunk or n
 alpha: float | str = 0.5  # Resona: weight of the model's own output, in [0, 1], or learned
 num_heads: int = 2  # Resona: heads of its cross-attention
 memory_norm: bool = True  # Resona: normalise the initial embeddings before they are searched and read
+chunks: str = "search"  # Resona: what it reads, its own finds (search) or those found before training (tf_idf)
 shown_mixer: str = "gla"  # backbone of the controls, and of the view of what was retrieved
 ablated: dict[str, list] = {"gate": ["none"], "encoder": ["place"]}  # Resona options, and values tried in their place
 packed_variants: list[str] = ["base", "resona"]  # trained on packed articles too, to see what leaks between them
@@ -120,7 +121,7 @@ resona = {"chunk_size": chunk_size, "top_k": top_k, "encoder": encoder, "gate": 
 settings = {"corpus": corpus, "own_tokenizer": own_tokenizer, "vocab_size": vocab_size, "augmentation": augmentation,
             "initializer_range": initializer_range, "length": length, "steps": steps, "batch_size": batch_size,
             "accumulation": accumulation, "learning_rate": learning_rate, "bf16": bf16, "log_every": log_every,
-            "eval_every": eval_every}
+            "eval_every": eval_every, "chunks": chunks}
 
 
 def grid(mixers, variants, settings=settings, **options):

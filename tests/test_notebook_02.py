@@ -98,3 +98,8 @@ def test_small_profiles_take_minutes():
     """On two idle cores, by the cost hints, which leave out starting and scoring: about as long again at smoke."""
     cost = {profile: sum(map(expected_seconds, scope_of(profile)["runs"])) / 2 for profile in ("smoke", "laptop")}
     assert cost["smoke"] < 60 and cost["laptop"] < 2700
+
+
+def test_the_papers_vocabulary_gives_the_sizes_that_the_readme_says():
+    sizes = [f"{sizes_of('paper')[mixer, 'base'] / 1e6:.1f}M" for mixer in ("gla", "deltanet", "retnet")]
+    assert "{}, {} and {} for GLA, DeltaNet, RetNet".format(*sizes) in (ROOT / "README.md").read_text()

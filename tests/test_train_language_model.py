@@ -28,7 +28,7 @@ from lrm_recall.train.lm_checkpoints import (
     model_folder,
     trained_model,
 )
-from lrm_recall.train.lm_data import TrainingSequences
+from lrm_recall.train.lm_data import TrainingSequences, chunk_finder
 from lrm_recall.train.lm_grid import (
     experiment,
     forget_checkpoints,
@@ -245,6 +245,31 @@ def test_sequences_depend_on_index_and_seed_alone(shared, packed):
         assert torch.equal(there[index]["input_ids"], want)
     assert any(not torch.equal(here[i]["input_ids"], here[i + here.epoch_length]["input_ids"]) for i in range(9))
     assert all(here[i]["labels"][0] == IGNORED for i in order)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks_found_before_training_come_with_their_tokens(shared, packed):
+    prepared = prepare_small(shared["corpus"])
+    finder = chunk_finder("tf_idf", shared["run"].resona, prepared)
+    sequences = TrainingSequences(prepared, 48, packed=packed, count=200, seed=3, finder=finder)
+    plain = TrainingSequences(prepared, 48, packed=packed, count=200, seed=3)
+    found = 0
+    for index in (0, 7, 199):
+        item = sequences[index]
+        assert item.keys() == {"input_ids", "labels", "chunk_indices"}
+        assert torch.equal(item["input_ids"], plain[index]["input_ids"])
+        if not packed:
+            assert torch.equal(item["chunk_indices"], finder.find(item["input_ids"]))
+        found += int((item["chunk_indices"] >= 0).sum())
+    assert found and chunk_finder("search", shared["run"].resona, prepared) is None
+
+
+def test_a_run_trains_and_is_scored_on_chunks_found_before(shared):
+    run = replace(shared["run"], chunks="tf_idf", steps=4)
+    metrics = run_lm(run)["metrics"]
+    assert metrics["search_ppl"] != metrics["test_ppl"] and "search_ppl" not in shared["result"]["metrics"]
+    with pytest.raises(ValueError, match="chunks 'tf_idf' are for a model with Resona layers"):
+        small_run(shared["corpus"], chunks="tf_idf")
 
 
 def test_one_epoch_of_articles_holds_every_token_as_a_target_once(shared):

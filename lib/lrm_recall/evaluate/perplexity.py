@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lrm_recall.data.errors import DataError
+from lrm_recall.data.retrieval import ChunkFinder, with_chunk_indices
 from lrm_recall.ops.loss import IGNORED
 from lrm_recall.resona.search import NO_CHUNK, visible_chunks
 
@@ -155,6 +156,7 @@ def perplexity(
     separators: bool = False,
     behind: int | None = None,
     chunks: Literal["found", "random"] = "found",
+    finder: ChunkFinder | None = None,
     bf16: bool = False,
 ) -> Perplexity:
     """Score a split, see the top of this page; the model is left in evaluation mode, on its device.
@@ -165,6 +167,7 @@ def perplexity(
         separators, behind: as for `ArticleWindows`.
         chunks: "random" has every Resona layer read chunks drawn at random among those it may see, in the place of
             those that it finds: a control.
+        finder: finds the chunks that the layers read; None: they search themselves.
         bf16: autocast to bfloat16, as in training.
 
     Raises:
@@ -173,14 +176,17 @@ def perplexity(
     """
     if chunks == "random" and not model.config.resona_layers:
         raise ValueError("random chunks are for a model with Resona layers; this one has none")
-    windows = ArticleWindows(prepared, split, length, separators=separators, behind=behind)
+    windows: Dataset = ArticleWindows(prepared, split, length, separators=separators, behind=behind)
+    if finder is not None and chunks == "found":
+        windows = with_chunk_indices(windows, finder, prepared)
     device = model.device
     nats = torch.zeros(length + (behind or 0) - 1, dtype=torch.float64)  # of each place in a window
     counts = torch.zeros_like(nats)
     model.eval()
     for number, batch in enumerate(_batches(windows, batch_size)):
         ids = batch["input_ids"]  # [B, T]
-        options = {} if chunks == "found" else {"chunk_indices": _random_chunks(ids, model, seed=number).to(device)}
+        chosen = batch.get("chunk_indices") if chunks == "found" else _random_chunks(ids, model, seed=number)
+        options = {} if chosen is None else {"chunk_indices": chosen.to(device)}
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = model.model(input_ids=ids.to(device), use_cache=False, **options).last_hidden_state  # [B, T, D]
             losses = _losses(model, hidden[:, :-1], batch["labels"][:, 1:].to(device)).cpu()  # [B, T - 1]
@@ -203,7 +209,7 @@ def _exp(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def _batches(windows: ArticleWindows, batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(windows: Dataset, batch_size: int) -> Iterator[dict[str, Tensor]]:
     """All windows, those of like length together."""
     items: list[dict[str, Any]] = sorted(windows, key=lambda item: len(item["input_ids"]))
     for start in range(0, len(items), batch_size):

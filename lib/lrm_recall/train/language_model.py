@@ -33,7 +33,7 @@ from lrm_recall.options import accepted_options, check_options
 from lrm_recall.resona.layer import Resona
 from lrm_recall.rows import run_key
 from lrm_recall.train.lm_checkpoints import checkpoint, checkpoints_folder, drop_incomplete, keep_model, last_step
-from lrm_recall.train.lm_data import prepared_corpus, tokenizer_of
+from lrm_recall.train.lm_data import chunk_finder, prepared_corpus, tokenizer_of
 from lrm_recall.train.lm_retrieval import retrieval_map
 from lrm_recall.train.lm_speed import flops_per_token, utilisation
 from lrm_recall.train.lm_trainer import LMTrainer, check_processes, history, no_bars
@@ -63,6 +63,7 @@ class LMRun:
     tie_embeddings: bool = True
     initializer_range: float = 0.02  # std of the initial weights; narrow models learn sooner with more
     resona: dict[str, Any] | None = None  # {"layers": [0, 12, 23], "chunk_size": 64, ...}
+    chunks: Literal["search", "tf_idf"] = "search"  # what Resona reads: its own finds, or those found before training
     variant: Literal["base", "sp", "resona"] = "base"  # its line in Table 2; sp: base made wider, to Resona's size
     # the data
     corpus: dict[str, Any] | str  # as in a parameter file: a name, or a mapping with a name and options
@@ -104,6 +105,8 @@ class LMRun:
             raise ValueError(f"warmup is a share of the steps, 0 or more and below 1, got {self.warmup}")
         if (self.variant == "resona") != (self.resona is not None):
             raise ValueError(f"variant {self.variant!r} and resona={self.resona!r} do not go together")
+        if self.chunks != "search" and self.resona is None:
+            raise ValueError(f"chunks {self.chunks!r} are for a model with Resona layers; this one has none")
         self.to_model_config()
         if self.resona is not None:
             chunk_size = self.resona.get("chunk_size", accepted_options(Resona)["chunk_size"].default)
@@ -149,7 +152,8 @@ def run_lm(
             (without the first entry of the history, which compiles), flops_per_token, mfu (None where the peak of the
             device is not known). alone_loss and behind_loss: of the first window of each test article, nothing or the
             end of another article in front. With Resona also random_chunks_ppl (test_ppl when every layer reads random
-            chunks) and retrieval (`lrm_recall.train.lm_retrieval.retrieval_map`).
+            chunks) and retrieval (`lrm_recall.train.lm_retrieval.retrieval_map`). Where chunks were found before
+            training, all scores are with those of the split, and search_ppl is test_ppl by the model's own search.
         history: every log_every steps step, loss, grad_norm, learning_rate, tokens, seconds; every eval_every steps
             step, valid_loss.
         runtime_s: wall-clock seconds of this process. peak_memory_mb: see `lrm_recall.train.memory`.
@@ -212,7 +216,8 @@ def initial_model(run: LMRun) -> RecurrentLM:
     if run.resona is None:
         return model
     torch.manual_seed(run.seed)
-    base = RecurrentLM(replace(run, variant="base", resona=None, layer_overrides={}).to_model_config())
+    alone = replace(run, variant="base", resona=None, chunks="search", layer_overrides={})
+    base = RecurrentLM(alone.to_model_config())
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, start in base.named_parameters():
@@ -251,8 +256,11 @@ def _speed(entries: list[dict[str, Any]], model: RecurrentLM, processes: int) ->
 
 
 def _scores(run: LMRun, model: RecurrentLM, prepared: Prepared, decode: Callable[..., str]) -> dict[str, Any]:
+    finder = chunk_finder(run.chunks, run.resona, prepared)
+
     def score(split: str = "test", **options: Any) -> Perplexity:
-        return perplexity(model, prepared, split, run.length, batch_size=run.batch_size, bf16=run.bf16, **options)
+        return perplexity(model, prepared, split, run.length, batch_size=run.batch_size, bf16=run.bf16,
+                          **{"finder": finder, **options})
 
     valid, test = score("validation"), score()
     scores: dict[str, Any] = {"test_positions": test.positions, "state_size": model.state_size(run.length)}
@@ -262,5 +270,7 @@ def _scores(run: LMRun, model: RecurrentLM, prepared: Prepared, decode: Callable
     if run.resona is not None:
         length = min(run.length, _MAP_CHUNKS * model.model.layers[run.resona["layers"][0]].mixer.chunk_size)
         scores["random_chunks_ppl"] = score(chunks="random").by_token
+        if finder is not None:
+            scores["search_ppl"] = score(finder=None).by_token
         scores["retrieval"] = retrieval_map(model, prepared, decode, length=length)
     return scores

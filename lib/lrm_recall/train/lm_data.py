@@ -23,10 +23,14 @@ from lrm_recall.data.corpora import read_corpus
 from lrm_recall.data.errors import DataError
 from lrm_recall.data.preparation import prepare
 from lrm_recall.data.prepared import Prepared
+from lrm_recall.data.retrieval import ChunkFinder, with_chunk_indices
+from lrm_recall.data.retrieval_encoders import tf_idf
 from lrm_recall.data.sequences import Packed
 from lrm_recall.data.tokenizer import fingerprint, load_tokenizer
 from lrm_recall.evaluate.perplexity import ArticleWindows
 from lrm_recall.ops.loss import IGNORED
+from lrm_recall.options import accepted_options
+from lrm_recall.resona.layer import Resona
 from lrm_recall.train.lm_tokenizer import own_tokenizer
 
 if TYPE_CHECKING:
@@ -73,18 +77,36 @@ def tokenizer_of(prepared: Prepared) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def chunk_finder(chunks: str, resona: Mapping[str, Any] | None, prepared: Prepared) -> ChunkFinder | None:
+    """What finds the chunks of every position before training; None where the model searches itself.
+
+    Args:
+        chunks: "search" or "tf_idf".
+        resona: options of the model's Resona layers.
+    """
+    if chunks == "search":
+        return None
+    options = {name: option.default for name, option in accepted_options(Resona).items()} | dict(resona or {})
+    return ChunkFinder(encoder=tf_idf(prepared), chunk_size=options["chunk_size"], top_k=options["top_k"])
+
+
 class TrainingSequences(Dataset):
     """Every sequence that training reads, in the order in which it does: `count` of them, epoch after epoch.
 
     Each epoch is a permutation of its own; seed and index alone decide an item, so a run that goes on from step n reads
-    what it would have read. Item: {"input_ids", "labels"} [t] int64, label 0 IGNORED.
+    what it would have read. Item: {"input_ids", "labels"} [t] int64, label 0 IGNORED, and with a finder "chunk_indices"
+    [t, k].
     """
 
-    def __init__(self, prepared: Prepared, length: int, *, packed: bool, count: int, seed: int):
+    def __init__(
+        self, prepared: Prepared, length: int, *, packed: bool, count: int, seed: int, finder: ChunkFinder | None = None
+    ):
         if packed:
             self._sequences: Dataset = Packed(prepared, "train", length, seed=seed)
         else:
             self._sequences = ArticleWindows(prepared, "train", length, separators=True)
+        if finder is not None:
+            self._sequences = with_chunk_indices(self._sequences, finder, prepared)
         self._count, self._seed = count, seed
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -101,7 +123,7 @@ class TrainingSequences(Dataset):
             return item
         labels = item["input_ids"].clone()
         labels[0] = IGNORED
-        return {"input_ids": item["input_ids"], "labels": labels}
+        return {**{name: values for name, values in item.items() if name != "articles"}, "labels": labels}
 
     @property
     def epoch_length(self) -> int:

@@ -162,6 +162,7 @@ def _run(
     mixer: str, variant: str, shape: Shape, retrieval: Mapping[str, Any], settings: dict[str, Any]
 ) -> LMRun | None:
     """One variant of one backbone, with the first seed; None for a size-matched one that is the base itself."""
+    chunks = settings.pop("chunks", "search")
     base = LMRun(
         mixer=mixer, hidden_size=shape.hidden_size, num_layers=shape.num_layers, mlp=shape.mlp,
         intermediate_size=shape.intermediate_size, mixer_args=shape.mixer_args, **settings,
@@ -171,7 +172,7 @@ def _run(
     layers = retrieval.get("layers") or shape.resona_layers
     overrides = {str(layer): shape.resona_mixer_args for layer in layers} if shape.resona_mixer_args else {}
     with_resona = replace(
-        base, variant="resona", layer_overrides=overrides, resona={**retrieval, "layers": list(layers)}
+        base, variant="resona", layer_overrides=overrides, resona={**retrieval, "layers": list(layers)}, chunks=chunks
     )
     if variant == "resona":
         return with_resona

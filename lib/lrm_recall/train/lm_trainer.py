@@ -24,7 +24,7 @@ from transformers.utils import logging
 from lrm_recall.evaluate.perplexity import ArticleWindows, collate, perplexity
 from lrm_recall.ops.loss import IGNORED
 from lrm_recall.train.lm_checkpoints import MarkComplete
-from lrm_recall.train.lm_data import TrainingSequences
+from lrm_recall.train.lm_data import TrainingSequences, chunk_finder
 
 if TYPE_CHECKING:
     from lrm_recall.data.prepared import Prepared
@@ -47,9 +47,11 @@ class LMTrainer(Trainer):
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         arguments = training_arguments(run, folder, device)
+        self._finder = chunk_finder(run.chunks, run.resona, prepared)
         sequences = TrainingSequences(
-            prepared, run.length, packed=run.packed, count=run.steps * run.batch_size, seed=run.seed
-        )
+            prepared, run.length, packed=run.packed, count=run.steps * run.batch_size, seed=run.seed,
+            finder=self._finder,
+        )  # fmt: skip
         self._clock = _Clock()
         super().__init__(
             model, arguments, data_collator=collate, train_dataset=sequences,
@@ -67,7 +69,7 @@ class LMTrainer(Trainer):
         """Validation loss in nats a token: `lrm_recall.evaluate.perplexity`, every token once."""
         scored = perplexity(
             self.model, self._prepared, "validation", self._run.length, batch_size=self._run.batch_size,
-            bf16=self._run.bf16,
+            finder=self._finder, bf16=self._run.bf16,
         )  # fmt: skip
         metrics = {f"{metric_key_prefix}_loss": scored.loss}
         self.log(metrics)
