@@ -1,21 +1,18 @@
 """Notebook 01 as a source: its shape, its parameter files, and the grids that every profile asks for."""
 
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
+from functools import partial
 
+import notebook_scope
 import pytest
+from notebook_scope import PROFILES, WORKBOOK
 
 from lrm_recall.figures.mqar_cells import mqar_cells
 from lrm_recall.figures.verdicts import paper_scale_gaps
 from lrm_recall.parameters import declared_parameters
 from lrm_recall.results import frame, make_row
-from lrm_recall.workbook import Workbook
 
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "01_synthetic"
-WORKBOOK = Workbook(ROOT)
-PROFILES = ("smoke", "laptop", "h100", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -23,18 +20,7 @@ def notebook():
     return WORKBOOK.read(NAME)
 
 
-@cache
-def scope_of(profile: str) -> dict:
-    """The names that the notebook has defined once its grids are made, with a profile's values; nothing is trained."""
-    notebook = WORKBOOK.read(NAME)
-    declared = declared_parameters(notebook, NAME)
-    scope = {name: parameter.default for name, parameter in declared.items()}
-    scope |= WORKBOOK.values(NAME, profile, declared) | {"profile": profile}
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    until = next(index for index, source in enumerate(code) if "\ncontrol =" in source)
-    for source in code[1 : until + 1]:
-        exec(compile(source, NAME, "exec"), scope)
-    return scope
+scope_of = partial(notebook_scope.scope_of, NAME, last="control")
 
 
 def test_first_cell_says_what_is_tested(notebook):

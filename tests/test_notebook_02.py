@@ -5,32 +5,26 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import notebook_scope
 import pytest
+from notebook_scope import PROFILES, WORKBOOK
 
 from lrm_recall.data import read_corpus
 from lrm_recall.figures.lm_table2 import PAPER_SHAPES
 from lrm_recall.parameters import declared_parameters
 from lrm_recall.train.lm_grid import expected_seconds, parameter_count
-from lrm_recall.workbook import Workbook
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "02_wikitext_lm"
-WORKBOOK = Workbook(ROOT)
-PROFILES = ("smoke", "laptop", "h100", "paper")
 
 
-@cache
 def scope_of(profile: str) -> dict:
-    """The names that the notebook has defined once its grids are made, with a profile's values; nothing is trained."""
-    notebook = WORKBOOK.read(NAME)
-    declared = declared_parameters(notebook, NAME)
-    scope = {name: parameter.default for name, parameter in declared.items()}
-    scope |= WORKBOOK.values(NAME, profile, declared) | {"profile": profile}
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    wanted = [source for source in code if "import " in source or "def grid(" in source or "main = grid(" in source]
-    for source in wanted[:3]:
-        exec(compile(source, NAME, "exec"), scope)
-    return scope
+    """The names that the notebook has defined once its grids are made; no corpus is prepared, nothing is trained."""
+    return notebook_scope.scope_of(NAME, profile, "main", makes_runs)
+
+
+def makes_runs(source: str) -> bool:
+    return "def grid(" in source or "main = grid(" in source
 
 
 @cache

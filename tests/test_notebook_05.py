@@ -1,31 +1,15 @@
 """Notebook 05 as a source: its shape, and the measurements that every profile asks for."""
 
-from functools import cache
-from pathlib import Path
+from functools import partial
 
+import notebook_scope
 import pytest
+from notebook_scope import PROFILES, WORKBOOK
 
-from lrm_recall.parameters import declared_parameters
-from lrm_recall.workbook import Workbook
-
-ROOT = Path(__file__).resolve().parents[1]
 NAME = "05_efficiency"
-WORKBOOK = Workbook(ROOT)
-PROFILES = ("smoke", "laptop", "h100", "paper")
 
 
-@cache
-def scope_of(profile: str) -> dict:
-    """The names that the notebook has defined once its runs are listed, as on a CPU; nothing is measured."""
-    notebook = WORKBOOK.read(NAME)
-    declared = declared_parameters(notebook, NAME)
-    scope = {name: parameter.default for name, parameter in declared.items()}
-    scope |= WORKBOOK.values(NAME, profile, declared) | {"profile": profile, "device": "cpu"}
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    until = next(index for index, source in enumerate(code) if "\ncold =" in source)
-    for source in code[1 : until + 1]:
-        exec(compile(source, NAME, "exec"), scope)
-    return scope
+scope_of = partial(notebook_scope.scope_of, NAME, last="cold")
 
 
 def test_first_cell_says_what_is_tested():

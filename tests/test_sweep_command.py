@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from notebook_scope import WORKBOOK, scope_of
 from sweep_runs import QuickRun
 
 from lrm_recall import results, sweep_command
 from lrm_recall.figures.mqar_embedding import EXPERIMENT
-from lrm_recall.parameters import declared_parameters
 from lrm_recall.results import ResultStore
 from lrm_recall.rows import make_row
 from lrm_recall.sweep_choice import chosen, condition, group, shard
@@ -63,16 +63,8 @@ def store(tmp_path) -> ResultStore:
 
 @pytest.mark.parametrize("profile", ["smoke", "laptop"])
 def test_the_command_asks_for_the_runs_of_the_notebook(profile):
-    workbook = Workbook(ROOT)
-    notebook = workbook.read(NAME)
-    declared = declared_parameters(notebook, NAME)
-    scope = {name: parameter.default for name, parameter in declared.items()}
-    scope |= workbook.values(NAME, profile, declared) | {"profile": profile}
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    until = next(index for index, source in enumerate(code) if "\ncontrol =" in source)
-    for source in code[1 : until + 1]:
-        exec(compile(source, NAME, "exec"), scope)
-    mine = synthetic_runs(workbook.parameters(NAME, profile, {}))
+    scope = scope_of(NAME, profile, "control")
+    mine = synthetic_runs(WORKBOOK.parameters(NAME, profile, {}))
     for name in ("main", "ablation", "control", "narrow"):
         assert getattr(mine, name) == scope[name], name
     assert EMBEDDING == EXPERIMENT, "the figure looks for the rows under this name"
