@@ -1,6 +1,7 @@
 """Figures and tables from made-up rows: what is chosen and averaged, the verdicts, what is drawn, alt text."""
 
 import itertools
+from pathlib import Path
 
 import matplotlib as mpl
 import pandas as pd
@@ -31,7 +32,7 @@ from lrm_recall.figures.verdicts import (
     resona_verdict,
 )
 from lrm_recall.paper import paper_values
-from lrm_recall.results import frame, make_row
+from lrm_recall.results import frame, load_profiles, make_row
 
 RESONA = {"chunk_size": 2, "top_k": 1, "encoder": "mean", "gate": "null_chunk", "alpha": 0.5, "num_heads": 1,
           "memory_norm": True}
@@ -374,3 +375,12 @@ def test_a_solved_model_is_judged_beside_a_base_that_needed_more_rates():
     ran = table[table["accuracy_toy"].notna()].set_index("variant")
     assert ran.loc["base", "accuracy_toy"] == 0.3
     assert ran.loc["resona0", "verdict"] == TREND_ONLY
+
+
+def test_rows_of_mad_beside_them_change_nothing():
+    """Fields that only MQAR has become floats where rows of another experiment stand in the same table."""
+    rows = load_profiles(Path(__file__).resolve().parents[1] / "outputs" / "results", "synthetic")
+    rows = rows[(rows["profile"] == "laptop") & (rows["config.mixer"] == "mamba2")]
+    assert (rows["experiment"] == "mad").any()
+    cells = mqar_cells(rows)
+    assert {str(cells[name].dtype) for name in ("length", "pairs", "d_model", "num_train")} == {"int64"}

@@ -30,6 +30,7 @@ _NAMES = {  # column of the rows -> column here
                                             "state_size", "parameters")},
 }
 RESONA_OPTIONS = ("chunk_size", "top_k", "encoder", "encoder_dim", "gate", "alpha", "num_heads", "memory_norm")
+_WHOLE = ("length", "pairs", "d_model", "num_train", "num_test", "max_epochs", "num_layers", "vocab_size")
 _OPTION_NAMES = {f"config.resona.{name}": name for name in RESONA_OPTIONS}  # absent when no row has Resona
 _VARIES = ("config.learning_rate", "config.seed")  # between the runs of one setup
 
@@ -69,6 +70,7 @@ def mqar_runs(
     rows = rows.reindex(columns=list(dict.fromkeys([*rows.columns, "config.resona.layers", *_OPTION_NAMES])))
     runs = rows.assign(**{name: rows[column] for column, name in (_NAMES | _OPTION_NAMES).items()},
                        variant=rows["config.resona.layers"].map(variant_of).astype(object))
+    runs = runs.astype(dict.fromkeys(_WHOLE, int))  # floats where rows of MAD, which lack the column, stood beside them
     for name, value in (resona or {}).items():
         same = runs[name].map(lambda found, value=value: found == value).astype(bool)
         runs = runs[(runs["variant"] == "base") | same]
