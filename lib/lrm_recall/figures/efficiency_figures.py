@@ -65,8 +65,9 @@ def costs(rows: pd.DataFrame) -> Figure:
             for (mixer, variant), part in cells[cells["task"] == task].groupby(["mixer", "variant"], sort=False):
                 _line(axes, part, column, mixer, "own" if variant == "base" else "laptop")
             axes.set(yscale="log", title=f"{title}, {unit}")
-            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                set_formatter(mpl.ticker.EngFormatter(sep=""))
+            axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+            axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
             _lengths(axes)
         legend(figure, {"Model": model_handles(mixers), "Variant": [
             source_handle("own", "alone"), source_handle("laptop", "with Resona")]})
