@@ -37,7 +37,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu_models import copy_bandwidth
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,6 +44,7 @@ from lrm_kernels import autotune, chunk_attention_tiles
 from lrm_kernels.chunk_attention import chunk_attention
 from lrm_kernels.chunk_attention_tiles import BACKWARD, FORWARD, Tiles
 from lrm_recall.code_hash import code_hash
+from lrm_recall.efficiency.timing import copy_bandwidth
 from lrm_recall.provenance import machine
 from lrm_recall.resona import integrate
 from lrm_recall.results import ResultStore, make_row, profile_path
@@ -276,7 +276,7 @@ def main() -> int:
         return 0
 
     here, code = machine(), code_hash(["lrm_kernels.chunk_attention", "lrm_recall.resona.integrate"])
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda"))
     path = profile_path(ROOT / "outputs" / "results", "bench", arguments.profile)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     for side, run in sides(arguments.length, arguments.repeats).items():

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu_models import copy_bandwidth
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
 from lrm_kernels.chunk_search import Tiles, chunk_search, search_forward, tiles
 from lrm_recall.code_hash import code_hash
+from lrm_recall.efficiency.timing import copy_bandwidth
 from lrm_recall.provenance import machine
 from lrm_recall.results import ResultStore, make_row, profile_path
 
@@ -168,7 +168,7 @@ def main() -> int:
 
     here, code = machine(), code_hash(["lrm_kernels.chunk_search"])
     path = profile_path(ROOT / "outputs" / "results", "bench", arguments.profile)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda"))
     torch.cuda.empty_cache()
     speed = {dtype: product_speed(dtype) for dtype in (torch.bfloat16, torch.float32)}
     print(f"copy {bandwidth / 1e12:.2f} TB/s; product {', '.join(f'{s / 1e12:.0f} TFLOP/s' for s in speed.values())}")

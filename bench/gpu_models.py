@@ -25,6 +25,7 @@ from torch import nn
 from lrm_kernels import autotune
 from lrm_recall import RecurrentLM, RecurrentLMConfig
 from lrm_recall.code_hash import code_hash
+from lrm_recall.efficiency.timing import copy_bandwidth
 from lrm_recall.provenance import machine
 from lrm_recall.results import ResultStore, make_row, profile_path
 
@@ -115,20 +116,6 @@ def measure(run: Callable, models: dict[str, nn.Module], ids: torch.Tensor, repe
     return result
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy on the device, reads and writes counted."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    seconds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        y.copy_(x)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return 2 * x.numel() / min(seconds)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="smoke", help="the file of results to add to (default: smoke)")
@@ -143,7 +130,7 @@ def main() -> int:
     autotune.apply()
 
     here, code = machine(), code_hash(CODE)
-    bandwidth = copy_bandwidth()
+    bandwidth = copy_bandwidth(torch.device("cuda"))
     path = profile_path(ROOT / "outputs" / "results", "bench", arguments.profile)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s; autotuning {autotune.mode()}")
     for name in arguments.models:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from lrm_recall.options import accepted_options, check_names
-from lrm_recall.resona.layer import Resona
+from lrm_recall.options import check_names
+from lrm_recall.train.axes import check_axes, every_option, resona_layers
 from lrm_recall.train.synthetic import MQARRun
 
 # zoology's sweep for its Figure 2, np.logspace(-4, -2, 4), to three digits
@@ -54,11 +54,8 @@ def mqar_runs(
     """
     axes = {"mixers": mixers, "lengths": lengths, "d_models": d_models, "variants": variants,
             "learning_rates": learning_rates, "seeds": seeds}
-    for name, values in axes.items():
-        if not values or isinstance(values, str):
-            raise ValueError(f"{name} must list at least one value, got {values!r}")
-    defaults = {name: option.default for name, option in accepted_options(Resona).items()}
-    retrieval = {**defaults, **PAPER_RESONA, **(resona or {})}  # every option, so that a row says what it was
+    check_axes(axes)
+    retrieval = every_option(PAPER_RESONA, resona)
     options, settings = dict(mixer_args or {}), dict(settings or {})
     check_names("mixer_args", options, mixers)
     swept = {"mixer", "input_length", "num_kv_pairs", "d_model", "resona", "learning_rate", "seed", "mixer_args",
@@ -115,14 +112,3 @@ def _mixer_fields(
     elif mixer == "rwkv4":
         by_layer = {str(layer): {"layer_idx": layer} for layer in range(num_layers)}
     return {"mixer_args": {**sized, **options}, "layer_overrides": by_layer}
-
-
-def resona_layers(variant: str) -> list[int] | None:
-    """Layers that a variant names; None for the base."""
-    if variant == "base":
-        return None
-    layers = variant.removeprefix("resona").split("+")
-    if not variant.startswith("resona") or not all(layer.isdecimal() for layer in layers):
-        raise ValueError(f"a variant is 'base' or 'resona' and layers, such as 'resona0' or 'resona0+2', "
-                         f"got {variant!r}")
-    return [int(layer) for layer in layers]

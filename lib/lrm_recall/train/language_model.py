@@ -26,6 +26,7 @@ from transformers.trainer_callback import TrainerState
 from lrm_recall.code_hash import code_hash
 from lrm_recall.config import RecurrentLMConfig
 from lrm_recall.data.prepared import Prepared
+from lrm_recall.data.retrieval import ChunkFinder
 from lrm_recall.data.store import locked
 from lrm_recall.evaluate.perplexity import Perplexity, perplexity
 from lrm_recall.model import RecurrentLM
@@ -33,7 +34,7 @@ from lrm_recall.options import accepted_options, check_options
 from lrm_recall.resona.layer import Resona
 from lrm_recall.rows import run_key
 from lrm_recall.train.lm_checkpoints import checkpoint, checkpoints_folder, drop_incomplete, keep_model, last_step
-from lrm_recall.train.lm_data import chunk_finder, prepared_corpus, tokenizer_of
+from lrm_recall.train.lm_data import prepared_corpus, tokenizer_of
 from lrm_recall.train.lm_retrieval import retrieval_map
 from lrm_recall.train.lm_speed import flops_per_token, utilisation
 from lrm_recall.train.lm_trainer import LMTrainer, check_processes, history, no_bars
@@ -180,7 +181,7 @@ def run_lm(
             "steps": run.steps,
             "best_step": state.best_global_step,
             **_speed(entries, model, trainer.args.world_size),
-            **_scores(run, model, prepared, tokenizer.decode),
+            **_scores(run, model, prepared, tokenizer.decode, trainer.finder),
         }
         trainer.accelerator.wait_for_everyone()  # a checkpoint may go once this has returned
     return {
@@ -255,9 +256,9 @@ def _speed(entries: list[dict[str, Any]], model: RecurrentLM, processes: int) ->
     }
 
 
-def _scores(run: LMRun, model: RecurrentLM, prepared: Prepared, decode: Callable[..., str]) -> dict[str, Any]:
-    finder = chunk_finder(run.chunks, run.resona, prepared)
-
+def _scores(
+    run: LMRun, model: RecurrentLM, prepared: Prepared, decode: Callable[..., str], finder: ChunkFinder | None
+) -> dict[str, Any]:
     def score(split: str = "test", **options: Any) -> Perplexity:
         return perplexity(model, prepared, split, run.length, batch_size=run.batch_size, bf16=run.bf16,
                           **{"finder": finder, **options})

@@ -29,8 +29,7 @@ from lrm_recall.data.sequences import Packed
 from lrm_recall.data.tokenizer import fingerprint, load_tokenizer
 from lrm_recall.evaluate.perplexity import ArticleWindows
 from lrm_recall.ops.loss import IGNORED
-from lrm_recall.options import accepted_options
-from lrm_recall.resona.layer import Resona
+from lrm_recall.train.axes import every_option
 from lrm_recall.train.lm_tokenizer import own_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def chunk_finder(chunks: str, resona: Mapping[str, Any] | None, prepared: Prepar
     """
     if chunks == "search":
         return None
-    options = {name: option.default for name, option in accepted_options(Resona).items()} | dict(resona or {})
+    options = every_option(resona)
     return ChunkFinder(encoder=tf_idf(prepared), chunk_size=options["chunk_size"], top_k=options["top_k"])
 
 

@@ -14,9 +14,9 @@ import torch
 
 from lrm_recall.data.prepared import Prepared
 from lrm_recall.model import RecurrentLM
-from lrm_recall.options import accepted_options, check_names, check_options, did_you_mean
-from lrm_recall.resona.layer import Resona
+from lrm_recall.options import check_names, check_options, did_you_mean
 from lrm_recall.sweep import Experiment
+from lrm_recall.train.axes import check_axes, every_option
 from lrm_recall.train.language_model import EXPERIMENT, LMRun, code_modules, run_lm
 from lrm_recall.train.lm_checkpoints import forget_checkpoints
 
@@ -86,16 +86,13 @@ def lm_runs(
         ValueError: an unknown name, variant or setting, an empty list, a mixer without a shape, or a run that cannot
             be.
     """
-    for name, values in (("mixers", mixers), ("variants", variants), ("seeds", seeds)):
-        if not values or isinstance(values, str):
-            raise ValueError(f"{name} must list at least one value, got {values!r}")
+    check_axes({"mixers": mixers, "variants": variants, "seeds": seeds})
     for variant in variants:
         if variant not in VARIANTS:
             raise ValueError(f"a variant is one of {', '.join(VARIANTS)}, got {variant!r}")
     ours = {*Shape.__dataclass_fields__, "mixer", "layer_overrides", "variant", "resona", "seed"}
     check_names("settings", settings, LMRun.__dataclass_fields__.keys() - ours)
-    defaults = {name: option.default for name, option in accepted_options(Resona).items()}
-    retrieval = {**defaults, **(resona or {})}  # every option, so that a row says what it was
+    retrieval = every_option(resona)
     runs = []
     for mixer, variant in product(mixers, variants):
         if mixer not in shapes:

@@ -47,10 +47,10 @@ class LMTrainer(Trainer):
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         arguments = training_arguments(run, folder, device)
-        self._finder = chunk_finder(run.chunks, run.resona, prepared)
+        self.finder = chunk_finder(run.chunks, run.resona, prepared)
         sequences = TrainingSequences(
             prepared, run.length, packed=run.packed, count=run.steps * run.batch_size, seed=run.seed,
-            finder=self._finder,
+            finder=self.finder,
         )  # fmt: skip
         self._clock = _Clock()
         super().__init__(
@@ -69,7 +69,7 @@ class LMTrainer(Trainer):
         """Validation loss in nats a token: `lrm_recall.evaluate.perplexity`, every token once."""
         scored = perplexity(
             self.model, self._prepared, "validation", self._run.length, batch_size=self._run.batch_size,
-            finder=self._finder, bf16=self._run.bf16,
+            finder=self.finder, bf16=self._run.bf16,
         )  # fmt: skip
         metrics = {f"{metric_key_prefix}_loss": scored.loss}
         self.log(metrics)

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from lrm_recall.options import accepted_options, check_names
-from lrm_recall.resona.layer import Resona
+from lrm_recall.options import check_names
 from lrm_recall.tasks.mad import LEARNING_RATES, WEIGHT_DECAYS, MADTask
-from lrm_recall.train.grid import resona_layers
+from lrm_recall.train.axes import check_axes, every_option, resona_layers
 from lrm_recall.train.mad import MADRun
 
 PAPER_RESONA = {"chunk_size": 6, "top_k": 1}  # appendix A.3, for MAD
@@ -58,11 +57,8 @@ def mad_runs(
     """
     axes = {"mixers": mixers, "tasks": tasks, "variants": variants, "learning_rates": learning_rates,
             "weight_decays": weight_decays, "seeds": seeds}
-    for name, values in axes.items():
-        if not values or isinstance(values, str):
-            raise ValueError(f"{name} must list at least one value, got {values!r}")
-    defaults = {name: option.default for name, option in accepted_options(Resona).items()}
-    retrieval = {**defaults, **PAPER_RESONA, **(resona or {})}  # every option, so that a row says what it was
+    check_axes(axes)
+    retrieval = every_option(PAPER_RESONA, resona)
     options, settings = dict(mixer_args or {}), dict(settings or {})
     check_names("mixer_args", options, mixers)
     swept = {"mixer", "task", "resona", "learning_rate", "weight_decay", "seed", "mixer_args"}

@@ -106,9 +106,8 @@ def mqar_grid(
     mixers = p["mixers"] if mixers is None else mixers
     settings = {"num_train": p["num_train"], "num_valid": p["num_test"], "num_test": p["num_test"],
                 "max_epochs": p["max_epochs"], "target_accuracy": p["target_accuracy"], "generator": "fast",
-                "embedding_range": p["embedding_range"] if embedding_range is None else embedding_range}
-    if "precision" in p:
-        settings["precision"] = p["precision"]
+                "embedding_range": p["embedding_range"] if embedding_range is None else embedding_range,
+                "precision": p["precision"]}
     return [run for length, pairs, batch_size in (p["lengths"] if lengths is None else lengths)
             for run in grid.mqar_runs(
                 mixers=mixers,
