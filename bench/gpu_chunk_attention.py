@@ -1,10 +1,10 @@
 """`chunk_attention` beside what a user would pick instead, on a GPU: `make bench-gpu`.
 
 One run, bf16, batch 1, 16 heads of 128, T 65,536 queries, N 1,024 chunks of U 64, k 4 different chunks each, drawn at
-random among those before the query. Every side gets the same choices; CUDA events, medians. Sides: ours with a weight a
-chunk (Resona's gate) and with one softmax; causal attention over all T (SDPA); FlexAttention with the block mask of the
-choices; torch's products by chunk (lrm_recall.resona.grouped); and flash-linear-attention's NSA kernel, which wants
-16 query heads to a key head, so that it and ours are also run with one key head. Rows go to
+random among those before the query. Every side gets the same choices; medians of Triton's do_bench. Sides: ours with a
+weight a chunk (Resona's gate) and with one softmax; causal attention over all T (SDPA); FlexAttention with the block
+mask of the choices; torch's products by chunk (lrm_recall.resona.grouped); and flash-linear-attention's NSA kernel,
+which wants 16 query heads to a key head, so that it and ours are also run with one key head. Rows go to
 outputs/results/bench.<profile>.jsonl.
 
 What was predicted before the first run, per forward pass, in GB. Each of q, out, K and V is 0.27:
@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench
 
 from lrm_kernels import autotune, chunk_attention_tiles
 from lrm_kernels.chunk_attention import chunk_attention
@@ -52,7 +53,7 @@ from lrm_recall.results import ResultStore, make_row, profile_path
 ROOT = Path(__file__).resolve().parents[1]
 HEADS, HEAD_DIM, CHUNK, TOP_K = 16, 128, 64, 4
 FLEX_QUERIES = 128  # queries in a block of FlexAttention's mask
-BUDGET_MS = 1500.0  # of the repeats of one measurement
+BUDGET_MS = 300.0  # of the repeats of one measurement
 SWEPT = {  # (queries, tokens, warps, stages), part, heads at once
     "forward": (
         [(64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3),
@@ -80,33 +81,29 @@ def choose(length: int, top_k: int) -> Tensor:
     return indices
 
 
-def measure(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median milliseconds, and peak MB beyond what was held before (the result included)."""
+def measure(run: Callable[[], object], budget_ms: float = BUDGET_MS) -> dict[str, float]:
+    """Median milliseconds, and peak MB beyond what was held before (the result included).
+
+    Triton's `do_bench`: calls follow one another without waiting, as in a model, so that the launches of a call, some
+    twenty of ours, are hidden behind the one before; caches are cleared between two.
+    """
     run()  # compiles
-    run()
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    while len(times) < 3 or (len(times) < repeats and sum(times) < BUDGET_MS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
+    run()
     peak = torch.cuda.max_memory_allocated() - held
-    return {"ms": statistics.median(times), "peak_mb": peak / 2**20}
+    return {"ms": do_bench(run, warmup=25, rep=budget_ms, return_mode="median"), "peak_mb": peak / 2**20}
 
 
-def both(function: Callable[..., Tensor], leaves: list[Tensor], repeats: int) -> dict[str, dict[str, float]]:
+def both(function: Callable[..., Tensor], leaves: list[Tensor]) -> dict[str, dict[str, float]]:
     """Forward and backward of `function(*leaves)`, by itself each."""
     with torch.no_grad():
-        result = {"forward": measure(lambda: function(*leaves), repeats)}
+        result = {"forward": measure(lambda: function(*leaves))}
     leaves = [x.detach().requires_grad_() for x in leaves]
     out = function(*leaves)
     d_out = torch.randn_like(out)
-    result["backward"] = measure(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True), repeats)
+    result["backward"] = measure(lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True))
     return result
 
 
@@ -155,7 +152,7 @@ def dense(backend: SDPBackend) -> Callable[..., Tensor]:
     return run
 
 
-def sides(length: int, repeats: int) -> dict[str, Callable[[], dict[str, dict[str, float]]]]:
+def sides(length: int) -> dict[str, Callable[[], dict[str, dict[str, float]]]]:
     """What is measured, by name; each call gives {"forward": ..., "backward": ...}."""
     indices = choose(length, TOP_K)
     uniform = torch.randint(length // CHUNK, indices.shape, device="cuda")
@@ -176,21 +173,21 @@ def sides(length: int, repeats: int) -> dict[str, Callable[[], dict[str, dict[st
 
     def forward_only(function: Callable[..., Tensor], *inputs: Tensor) -> dict[str, dict[str, float]]:
         with torch.no_grad():
-            return {"forward": measure(lambda: function(*inputs), repeats)}
+            return {"forward": measure(lambda: function(*inputs))}
 
     return {
-        "ours": lambda: both(ours, [q, keys, values, weights], repeats),
-        "ours, one softmax": lambda: both(ours, [q, keys, values], repeats),
+        "ours": lambda: both(ours, [q, keys, values, weights]),
+        "ours, one softmax": lambda: both(ours, [q, keys, values]),
         "ours, all chunks alike": lambda: both(
-            lambda *x: ours(*x, chosen=uniform), [q, keys, values, weights], repeats),
-        "sdpa flash, all of the past": lambda: both(dense(SDPBackend.FLASH_ATTENTION), [q, k, v], repeats),
-        "sdpa cudnn, all of the past": lambda: both(dense(SDPBackend.CUDNN_ATTENTION), [q, k, v], repeats),
+            lambda *x: ours(*x, chosen=uniform), [q, keys, values, weights]),
+        "sdpa flash, all of the past": lambda: both(dense(SDPBackend.FLASH_ATTENTION), [q, k, v]),
+        "sdpa cudnn, all of the past": lambda: both(dense(SDPBackend.CUDNN_ATTENTION), [q, k, v]),
         "flex attention": lambda: forward_only(flex(indices, length), q, k, v),
         "torch, by chunk": lambda: forward_only(by_chunk, q, keys, values, weights),
-        "fla nsa": lambda: both(nsa(indices), [q, k, v], repeats),
-        "fla nsa, one key head": lambda: both(nsa(indices), [q, one_k, one_v], repeats),
+        "fla nsa": lambda: both(nsa(indices), [q, k, v]),
+        "fla nsa, one key head": lambda: both(nsa(indices), [q, one_k, one_v]),
         "ours, one key head": lambda: both(
-            ours_one_head, [q, *(x.unflatten(1, (-1, CHUNK)) for x in (one_k, one_v))], repeats),
+            ours_one_head, [q, *(x.unflatten(1, (-1, CHUNK)) for x in (one_k, one_v))]),
     }  # fmt: skip
 
 
@@ -244,7 +241,7 @@ def sweep(length: int) -> None:
             table[key] = Tiles(queries, tokens, part, warps, stages)
             chunk_attention_tiles.SCRATCH_BYTES = heads * length * TOP_K * -(-CHUNK // tokens) * HEAD_DIM * 2
             try:
-                rows.append((measure(run, 10)["ms"], heads, table[key]))
+                rows.append((measure(run, budget_ms=30.0)["ms"], heads, table[key]))
             except Exception as failure:  # too much shared memory, mostly
                 print(f"{task} {table[key]}: {type(failure).__name__} {str(failure)[:100]}", flush=True)
         table[key], chunk_attention_tiles.SCRATCH_BYTES = default, scratch
@@ -257,7 +254,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--profile", default="smoke", help="the file of results to add to (default: smoke)")
     parser.add_argument("--length", type=int, default=65536, help="queries, a multiple of 128 (default: 65536)")
-    parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--sides", nargs="+", help="only those whose name begins with one of these")
     parser.add_argument("--sweep", action="store_true", help="try the constants of SWEPT, store nothing")
     parser.add_argument("--kernels", action="store_true", help="the time of each of our kernels, store nothing")
@@ -279,10 +275,10 @@ def main() -> int:
     bandwidth = copy_bandwidth(torch.device("cuda"))
     path = profile_path(ROOT / "outputs" / "results", "bench", arguments.profile)
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
-    for side, run in sides(arguments.length, arguments.repeats).items():
+    for side, run in sides(arguments.length).items():
         if arguments.sides and not side.startswith(tuple(arguments.sides)):
             continue
-        reason, result = None, {"forward": {}}
+        reason, result, start = None, {"forward": {}}, time.perf_counter()
         try:
             result = run()
         except Exception as failure:  # a side that cannot take the shape says why, in its row
@@ -301,7 +297,7 @@ def main() -> int:
                 config={"side": side, "task": task, "length": arguments.length, "heads": HEADS, "head_dim": HEAD_DIM,
                         "chunk_size": CHUNK, "top_k": TOP_K, "dtype": "bfloat16", "autotune": autotune.mode()},
                 seed=0, data={"source": "random", "revision": ""}, code=code, profile=arguments.profile, machine=here,
-                metrics=metrics, runtime_s=metrics.get("ms", 0.0) / 1e3 * arguments.repeats,
+                metrics=metrics, runtime_s=time.perf_counter() - start,
                 peak_memory_mb=metrics.get("peak_mb", 0.0), error=reason,
             ))  # fmt: skip
     print(f"rows added to {path}")

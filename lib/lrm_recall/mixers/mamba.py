@@ -182,11 +182,10 @@ class Mamba(SelectiveSSM, Mixer):
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]. The cache holds `conv` [B, W - 1, E] and `state` [B, E, N] fp32."""
         context = context or Context()
-        (projected,) = project(x, self.in_proj)  # [B, T, 2E]
         if context.cache is None and context.mask is None and (inner := fusion("mamba_inner", x)):
             A = self.rates(self.A_log)
-            return inner(projected, self.conv1d, self.x_proj, self.dt_proj, self.out_proj, A, self.D)
-        x, gate = projected.chunk(2, dim=-1)  # [B, T, E] each
+            return inner(x, self.in_proj, self.conv1d, self.x_proj, self.dt_proj, self.out_proj, A, self.D)
+        x, gate = project(x, self.in_proj)[0].chunk(2, dim=-1)  # [B, T, D] -> [B, T, E] each
         return project(self.ssm(x, gate, context), self.out_proj)[0]
 
     def state_size(self, sequence_length: int | None = None) -> int:

@@ -27,10 +27,9 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -38,18 +37,16 @@ from torch import Tensor
 
 from lrm_recall.config import RecurrentLMConfig
 from lrm_recall.model import RecurrentLM
-from lrm_recall.options import accepted_options, check_options
-from lrm_recall.resona.layer import Resona
+from lrm_recall.options import check_options
 from lrm_recall.tasks.mad import MADTask, accuracy, mad_data
 from lrm_recall.tasks.mad.task import check_seed
 from lrm_recall.tasks.mqar import split_seed
 from lrm_recall.train.batches import Splits, from_labels
-from lrm_recall.train.device import own_stream
-from lrm_recall.train.loop import fit, logits_of_questions
+from lrm_recall.train.loop import logits_of_questions
 from lrm_recall.train.mad_autoencoder import AutoEncoder, logits_of_decoder
-from lrm_recall.train.memory import peak_mb, reset_peak
 from lrm_recall.train.optimise import FitSettings
-from lrm_recall.train.start import initial_model, torch_threads
+from lrm_recall.train.small import check_chunk_size, modules_of_run, train_and_score, variant_name
+from lrm_recall.train.start import initial_model
 
 _making = threading.Lock()  # else threads that begin together would each make the same data
 _WIDTH_STEP = 16  # mad-lab rounds a SwiGLU's width up to a multiple of it
@@ -100,16 +97,12 @@ class MADRun:
                              f"{self.min_learning_rate}")
         self.to_fit_settings()
         self.to_model_config()
-        if self.resona is not None:
-            chunk_size = self.resona.get("chunk_size", accepted_options(Resona)["chunk_size"].default)
-            if chunk_size >= self.task.input_length:
-                raise ValueError(f"resona: chunk_size must be below the input length ({self.task.input_length}), got "
-                                 f"{chunk_size}: no chunk would lie wholly before any position")
+        check_chunk_size(self.resona, self.task.input_length)
 
     @property
     def variant(self) -> str:
-        """"base", or "resona" and the blocks that retrieve ("resona1", "resona0+1")."""
-        return "base" if self.resona is None else "resona" + "+".join(map(str, self.resona["layers"]))
+        """As in Table 1, blocks in the place of layers: see `variant_name`."""
+        return variant_name(self.resona)
 
     def to_model_config(self) -> RecurrentLMConfig:
         """The model of this run, or its encoder where the task decodes the last position."""
@@ -145,11 +138,7 @@ class MADRun:
 def run_mad(
     run: MADRun, progress: Callable[[dict[str, Any]], None] | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Train the model of `run` from scratch and score it.
-
-    Training stops after `max_epochs`, or after the first epoch whose macro accuracy in validation reaches
-    `target_accuracy`; the model of the last epoch is scored. Threads may run several runs at once, but torch's number
-    of threads belongs to the whole process, so those must agree on `threads`.
+    """Train the model of `run` from scratch and score it, as `lrm_recall.train.small.train_and_score` does.
 
     Args:
         run: what to train.
@@ -157,57 +146,30 @@ def run_mad(
         device: where to train.
 
     Returns:
-        metrics: macro_accuracy (mad-lab's, the one that MAD scores are made of), accuracy (plain, per scored position)
-            and sequence_accuracy (all of an example's answers right), all on the test set; valid_accuracy (macro),
-            test_loss, epochs, steps, parameters, state_size (elements that one sequence of the input length
-            carries), tokens_per_s (training, all positions counted).
-        history: one dict an epoch, as `fit` gives it; valid_accuracy is macro.
-        runtime_s: wall-clock seconds, data and scoring included.
-        peak_memory_mb: see `lrm_recall.train.memory`.
-
-    Raises:
-        DivergedError: the training or validation loss of an epoch is not a finite number.
+        as `train_and_score`, with the accuracies macro_accuracy (mad-lab's, the one that MAD scores are made of),
+        accuracy (plain, per scored position) and sequence_accuracy (all of an example's answers right);
+        valid_accuracy is macro.
     """
-    device = torch.device(device)
-    begin = time.perf_counter()
-    reset_peak(device)
-    settings = run.to_fit_settings()
-    with own_stream(device), torch_threads(run.threads, device):
-        splits = mad_splits(run)
-        model = _initial_model(run).to(device)
-        logits = logits_of_decoder if run.task.decodes_last_position else logits_of_questions
-        fitted = fit(settings, model, splits.to(device), logits, _score(run.task), progress)
-    test = accuracy(fitted.predictions, splits.test.answers, run.task.vocab_size)
-    seconds = sum(epoch["seconds"] for epoch in fitted.history)
-    epochs, num_train = len(fitted.history), run.task.num_train_examples
-    return {
-        "metrics": {
-            "macro_accuracy": test.macro,
-            "accuracy": test.position,
-            "sequence_accuracy": test.sequence,
-            "valid_accuracy": fitted.history[-1]["valid_accuracy"],
-            "test_loss": fitted.test_loss,
-            "epochs": epochs,
-            "steps": epochs * settings.steps_per_epoch(num_train),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "state_size": model.state_size(run.task.input_length),
-            "tokens_per_s": epochs * num_train * run.task.input_length / seconds,
-        },
-        "history": fitted.history,
-        "runtime_s": time.perf_counter() - begin,
-        "peak_memory_mb": peak_mb(device),
-    }
+    return train_and_score(
+        run.to_fit_settings(),
+        splits=partial(mad_splits, run),
+        model=partial(_initial_model, run),
+        logits=logits_of_decoder if run.task.decodes_last_position else logits_of_questions,
+        accuracies=partial(_accuracies, run.task),
+        device=torch.device(device),
+        threads=run.threads,
+        progress=progress,
+    )
 
 
 def code_modules(run: MADRun) -> list[str]:
     """Modules whose code, with all they import, decides the result of a run: the argument of `code_hash`."""
-    retrieval = [] if run.resona is None else ["lrm_recall.resona.layer"]
-    never_run = ["-lrm_recall.checkpoints", "-lrm_recall.decode"]  # a run neither loads a model nor generates
-    return ["lrm_recall.train.mad", f"lrm_recall.mixers.{run.mixer}", *retrieval, *never_run]
+    return modules_of_run("lrm_recall.train.mad", run.mixer, run.resona)
 
 
-def _score(task: MADTask) -> Callable[[Tensor, Tensor], float]:
-    return lambda predictions, answers: accuracy(predictions, answers, task.vocab_size).macro
+def _accuracies(task: MADTask, predictions: Tensor, answers: Tensor) -> dict[str, float]:
+    found = accuracy(predictions, answers, task.vocab_size)
+    return {"macro_accuracy": found.macro, "accuracy": found.position, "sequence_accuracy": found.sequence}
 
 
 def _initial_model(run: MADRun) -> RecurrentLM | AutoEncoder:

@@ -19,25 +19,22 @@ without a channel mixer. What differs, and why:
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lrm_recall.config import RecurrentLMConfig
-from lrm_recall.options import accepted_options, check_options
-from lrm_recall.resona.layer import Resona
+from lrm_recall.options import check_options
 from lrm_recall.tasks.mqar import accuracy, check_arguments, mqar, split_seed
 from lrm_recall.train.batches import Splits, from_labels
-from lrm_recall.train.device import own_stream
-from lrm_recall.train.loop import fit, logits_of_questions
-from lrm_recall.train.memory import peak_mb, reset_peak
+from lrm_recall.train.loop import logits_of_questions
 from lrm_recall.train.optimise import FitSettings
-from lrm_recall.train.start import initial_model, torch_threads
+from lrm_recall.train.small import check_chunk_size, modules_of_run, train_and_score, variant_name
+from lrm_recall.train.start import initial_model
 
 _making = threading.Lock()  # else threads that begin together would each make the same data
 
@@ -90,17 +87,12 @@ class MQARRun:
         self.to_fit_settings()
         check_arguments(num_examples=self.num_train, seed=self.seed, **self._task_arguments())
         self.to_model_config()
-        if self.resona is not None:
-            default = accepted_options(Resona)["chunk_size"].default
-            chunk_size = self.resona.get("chunk_size", default)
-            if chunk_size >= self.input_length:
-                raise ValueError(f"resona: chunk_size must be below input_length ({self.input_length}), got "
-                                 f"{chunk_size}: no chunk would lie wholly before any position")
+        check_chunk_size(self.resona, self.input_length)
 
     @property
     def variant(self) -> str:
-        """As in Table 11: "base", or "resona" and the layers that retrieve ("resona0", "resona0+2")."""
-        return "base" if self.resona is None else "resona" + "+".join(map(str, self.resona["layers"]))
+        """As in Table 11, see `variant_name`."""
+        return variant_name(self.resona)
 
     def to_model_config(self) -> RecurrentLMConfig:
         """The model of this run."""
@@ -133,12 +125,7 @@ class MQARRun:
 def run_mqar(
     run: MQARRun, progress: Callable[[dict[str, Any]], None] | None = None, device: str | torch.device = "cpu"
 ) -> dict[str, Any]:
-    """Train the model of `run` from scratch and score it.
-
-    Training stops after `max_epochs`, or after the first epoch whose validation accuracy reaches
-    `target_accuracy`. The model of the last epoch is scored on the test set; the validation set serves early
-    stopping and the choice of a learning rate alone. Threads may run several runs at once, but torch's number
-    of threads belongs to the whole process, so those must agree on `threads`.
+    """Train the model of `run` from scratch and score it, as `lrm_recall.train.small.train_and_score` does.
 
     Args:
         run: what to train.
@@ -146,51 +133,24 @@ def run_mqar(
         device: where to train.
 
     Returns:
-        metrics: accuracy (per labelled position) and sequence_accuracy (all of a sequence's answers right),
-            both on the test set; valid_accuracy (per position), test_loss, epochs, steps, parameters,
-            state_size (elements that one sequence of the input length carries), tokens_per_s (training, all
-            positions counted).
-        history: one dict an epoch: epoch, train_loss (mean over the epoch), valid_accuracy, seconds (of
-            training).
-        runtime_s: wall-clock seconds, data and scoring included.
-        peak_memory_mb: see `lrm_recall.train.memory`.
-
-    Raises:
-        DivergedError: the training or validation loss of an epoch is not a finite number.
+        as `train_and_score`, with the accuracies accuracy (per labelled position) and sequence_accuracy (all of a
+        sequence's answers right).
     """
-    device = torch.device(device)
-    begin = time.perf_counter()
-    reset_peak(device)
-    with own_stream(device), torch_threads(run.threads, device):
-        splits = mqar_splits(run)
-        model = initial_model(run.to_model_config(), run.seed).to(device)
-        fitted = fit(run.to_fit_settings(), model, splits.to(device), logits_of_questions, _score, progress)
-    history, test = fitted.history, accuracy(fitted.predictions, splits.test.answers)
-    seconds = sum(epoch["seconds"] for epoch in history)
-    epochs, steps = len(history), len(history) * run.to_fit_settings().steps_per_epoch(run.num_train)
-    return {
-        "metrics": {
-            "accuracy": test.position,
-            "sequence_accuracy": test.sequence,
-            "valid_accuracy": history[-1]["valid_accuracy"],
-            "test_loss": fitted.test_loss,
-            "epochs": epochs,
-            "steps": steps,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "state_size": model.state_size(run.input_length),
-            "tokens_per_s": epochs * run.num_train * run.input_length / seconds,
-        },
-        "history": history,
-        "runtime_s": time.perf_counter() - begin,
-        "peak_memory_mb": peak_mb(device),
-    }
+    return train_and_score(
+        run.to_fit_settings(),
+        splits=partial(mqar_splits, run),
+        model=lambda: initial_model(run.to_model_config(), run.seed),
+        logits=logits_of_questions,
+        accuracies=_accuracies,
+        device=torch.device(device),
+        threads=run.threads,
+        progress=progress,
+    )
 
 
 def code_modules(run: MQARRun) -> list[str]:
     """Modules whose code, with all they import, decides the result of a run: the argument of `code_hash`."""
-    retrieval = [] if run.resona is None else ["lrm_recall.resona.layer"]
-    never_run = ["-lrm_recall.checkpoints", "-lrm_recall.decode"]  # a run neither loads a model nor generates
-    return ["lrm_recall.train.synthetic", f"lrm_recall.mixers.{run.mixer}", *retrieval, *never_run]
+    return modules_of_run("lrm_recall.train.synthetic", run.mixer, run.resona)
 
 
 def mqar_splits(run: MQARRun) -> Splits:
@@ -213,5 +173,6 @@ def _made_splits(*, sizes: tuple[int, ...], seed: int, **arguments: Any) -> Spli
     return Splits(*splits)
 
 
-def _score(predictions: Tensor, answers: Tensor) -> float:
-    return accuracy(predictions, answers).position
+def _accuracies(predictions: Tensor, answers: Tensor) -> dict[str, float]:
+    found = accuracy(predictions, answers)
+    return {"accuracy": found.position, "sequence_accuracy": found.sequence}

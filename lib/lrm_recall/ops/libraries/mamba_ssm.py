@@ -69,12 +69,15 @@ def selective_scan(
     return y.mT, state
 
 
-def mamba_inner(projected, conv, x_proj, dt_proj, out_proj, A, D):
-    """Everything behind Mamba's in_proj in one call that saves little for the backward pass: [B, T, D]."""
+def mamba_inner(x, in_proj, conv, x_proj, dt_proj, out_proj, A, D):
+    """A whole Mamba layer in one call that saves little for the backward pass: [B, T, D] to the same."""
+    projected = in_proj.weight @ x.flatten(0, 1).mT  # [2E, B * T], as the scan reads it
+    if in_proj.bias is not None:
+        projected = projected + in_proj.bias.unsqueeze(-1)
     return mamba_inner_fn(
-        projected.mT, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, out_proj.weight, out_proj.bias,
-        A, None, None, D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
-    )
+        projected.unflatten(1, x.shape[:2]).transpose(0, 1), conv.weight, conv.bias, x_proj.weight, dt_proj.weight,
+        out_proj.weight, out_proj.bias, A, None, None, D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
+    )  # [2E, B, T] -> [B, 2E, T] -> [B, T, D]
 
 
 def rms_norm_of_gated(x, gate, weight, eps, group_size):
