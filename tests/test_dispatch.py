@@ -118,7 +118,7 @@ def test_an_adapter_takes_the_arguments_of_its_torch_form():
     from pathlib import Path
 
     import lrm_recall.ops as ops
-    from lrm_recall.resona import integrate, search
+    from lrm_recall.resona import gate, integrate, search
 
     folder = Path(importlib.util.find_spec("lrm_recall.ops").submodule_search_locations[0])
     defined = {}
@@ -128,7 +128,7 @@ def test_an_adapter_takes_the_arguments_of_its_torch_form():
                 arguments = node.args
                 defined[node.name] = [a.arg for a in [*arguments.args, *arguments.kwonlyargs]]
     modules = [importlib.import_module(f"lrm_recall.ops.{m.name}") for m in pkgutil.iter_modules(ops.__path__)
-               if m.name != "libraries"] + [search, integrate]
+               if m.name != "libraries"] + [search, integrate, gate]
     for op in LIBRARY_OF:
         run = next(vars(module)[op] for module in modules if op in vars(module))
         parameters = inspect.signature(run).parameters.values()

@@ -45,7 +45,7 @@ class _ChunkAttention(torch.autograd.Function):
     def forward(ctx, queries, keys, values, indices, weights):
         selection = Selection.of(indices, keys.shape[1])
         q, k, v = queries.flatten(0, 1).contiguous(), keys.flatten(0, 1).contiguous(), values.flatten(0, 1).contiguous()
-        w = None if weights is None else weights.flatten().index_select(0, selection.slots)  # [S], by chunk
+        w = None if weights is None else weights.flatten()  # [B, T, k] -> [S]
         out, lse = forward(q, k, v, selection, w, with_lse=any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, w, selection.slots, selection.offsets, out if weights is None else None, lse)
         ctx.top_k = selection.top_k
@@ -59,8 +59,7 @@ class _ChunkAttention(torch.autograd.Function):
         d_q, d_k, d_v, d_w = backward(d_out.flatten(0, 1).contiguous(), q, k, v, selection, w, out, lse)
         batch, length = d_out.shape[:2]
         d_k, d_v = (x.unflatten(0, (batch, -1)) for x in (d_k, d_v))  # [B N, U, H, d] -> [B, N, U, H, d]
-        if d_w is not None:
-            d_w = torch.empty_like(w).index_copy_(0, slots.long(), d_w.to(w.dtype)).view(batch, length, -1)
+        d_w = None if d_w is None else d_w.view(batch, length, -1)  # [S] -> [B, T, k]
         return d_q.view_as(d_out), d_k, d_v, None, d_w
 
 

@@ -22,13 +22,14 @@ from lrm_kernels.chunk_attention_tiles import BACKWARD, FORWARD, heads_at_once, 
 from lrm_kernels.chunk_groups import tile_slots, tile_table
 
 _SUM_ROWS = 16  # tokens in one program of `_sum_parts_kernel`
+_SUM_SLOTS = 256  # slots in one program of `_sum_heads_kernel`
 
 
 @triton.jit(
     do_not_specialize=["tiles", "groups", "num_slots", "rows", "parts"], do_not_specialize_on_alignment=["lse", "delta"]
 )
 def _attend_backward_kernel(
-    q, k, v, weights, d_out, slots, offsets, tile_group, tile_ends, lse, delta, d_q, d_k, d_v, part_d_k, part_d_v,
+    q, k, v, weights, d_out, slots, offsets, tile_group, lse, delta, d_q, d_k, d_v, part_d_k, part_d_v,
     tiles, groups, num_slots, rows, parts, scale, scale_2,
     H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, BY_ROW: tl.constexpr, WEIGHTS: tl.constexpr,
@@ -41,7 +42,7 @@ def _attend_backward_kernel(
     group = tl.load(tile_group + tile)
     if group > groups:
         return
-    start, stop, first, last = tile_slots(group, tile, tile_ends, offsets, groups, num_slots, PART)
+    start, stop, first, last = tile_slots(group, tile, offsets, groups, num_slots, PART)
     asked = tl.where(group < groups, stop, start)  # as in the forward pass
     channels = tl.where(group < groups, D, 0)
     dims = tl.arange(0, BLOCK_D)
@@ -76,7 +77,7 @@ def _attend_backward_kernel(
         else:
             change = tl.load(delta + softmax, mask=queried, other=0.0)
         if WEIGHTS:
-            p *= tl.load(weights + place, mask=queried, other=0.0).to(tl.float32)[None, :]
+            p *= tl.load(weights + slot, mask=queried, other=0.0).to(tl.float32)[None, :]
         d_values = tl.dot(p.to(values.dtype), d_outputs, d_values, input_precision="ieee")
         ds = (p * (dp - change[None, :])).to(keys.dtype)
         d_keys = tl.dot(ds, queries, d_keys, input_precision="ieee")
@@ -101,6 +102,29 @@ def _entry(start, last, PART: tl.constexpr):
     Full tiles of all groups begin PART slots or more apart, and so do the last tiles of groups of more than PART.
     """
     return start // PART * 2 + (start + PART >= last).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_slots"])
+def _sum_heads_kernel(delta, slots, d_weights, num_slots, H: tl.constexpr, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_slots
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    at = delta + place
+    for _ in range(H):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += num_slots
+    slot = tl.load(slots + place, mask=inside, other=0)
+    tl.store(d_weights + slot, total.to(d_weights.dtype.element_ty), mask=inside)
+
+
+def _sum_heads(delta: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
+    """The gradient of the weights [S]: delta [H, S], in the order of the groups, over the heads."""
+    d_weights = torch.empty_like(weights)
+    num_heads, num_slots = delta.shape
+    _sum_heads_kernel[(triton.cdiv(num_slots, _SUM_SLOTS),)](
+        delta, slots, d_weights, num_slots, H=num_heads, BLOCK=_SUM_SLOTS, num_warps=4
+    )  # fmt: skip
+    return d_weights
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -131,7 +155,7 @@ def backward(
     d_out: Tensor, queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, weights: Tensor | None,
     out: Tensor | None, lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of queries, keys, values and weights (fp32, in the order of the groups), each of its input's shape.
+    """Gradients of queries, keys, values and weights, each of its input's shape and dtype.
 
     Args:
         d_out: [R, H, d], contiguous.
@@ -162,10 +186,10 @@ def backward(
     for first in range(0, num_heads, at_once):
         count = min(at_once, num_heads - first)
         own = slice(first, first + count)
-        _attend_backward_kernel[(len(table[0]) * blocks * count,)](
+        _attend_backward_kernel[(len(table) * blocks * count,)](
             queries[:, first:], keys[:, :, first:], values[:, :, first:], delta if weights is None else weights,
-            d_out[:, first:], selection.slots, selection.offsets, *table, lse[own], delta[own], partials,
-            d_keys[:, :, first:], d_values[:, :, first:], *shared, len(table[0]), groups, slots, rows, parts,
+            d_out[:, first:], selection.slots, selection.offsets, table, lse[own], delta[own], partials,
+            d_keys[:, :, first:], d_values[:, :, first:], *shared, len(table), groups, slots, rows, parts,
             head_dim**-0.5, base_2_scale(head_dim), H=num_heads, D=head_dim, U=chunk_size, TOP_K=selection.top_k,
             BLOCK_M=cut.queries, BLOCK_U=block_u, BLOCK_D=padded(head_dim), PART=cut.part, BY_ROW=by_row,
             WEIGHTS=weights is not None, LOCAL_DELTA=local_delta, num_warps=cut.warps, num_stages=cut.stages,
@@ -178,7 +202,7 @@ def backward(
             )  # fmt: skip
         if not by_row:
             merge(partials[:count].view(count, rows, -1, head_dim), d_queries, first)
-    return d_queries, d_keys, d_values, None if weights is None else delta.sum(0)
+    return d_queries, d_keys, d_values, None if weights is None else _sum_heads(delta, selection.slots, weights)
 
 
 def _delta_of_chunks(

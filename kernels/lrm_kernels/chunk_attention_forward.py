@@ -66,7 +66,7 @@ def _keys_values(k, v, tokens, dims, channels, U: tl.constexpr, STRIDE: tl.const
 
 @triton.jit(do_not_specialize=["tiles", "groups", "num_slots"], do_not_specialize_on_alignment=["lse"])
 def _attend_kernel(
-    q, k, v, weights, slots, offsets, tile_group, tile_ends, out, lse, tiles, groups, num_slots, scale,
+    q, k, v, weights, slots, offsets, tile_group, out, lse, tiles, groups, num_slots, scale,
     H: tl.constexpr, D: tl.constexpr, U: tl.constexpr, TOP_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_U: tl.constexpr, BLOCK_D: tl.constexpr, PART: tl.constexpr, BY_ROW: tl.constexpr, WEIGHTS: tl.constexpr,
     LSE: tl.constexpr,
@@ -77,7 +77,7 @@ def _attend_kernel(
     group = tl.load(tile_group + tile)
     if group > groups:
         return
-    start, stop, _, _ = tile_slots(group, tile, tile_ends, offsets, groups, num_slots, PART)
+    start, stop, _, _ = tile_slots(group, tile, offsets, groups, num_slots, PART)
     # Group number G are the slots without a chunk: nothing is read for them, and so their output is zero.
     asked = tl.where(group < groups, stop, start)  # where the slots with a chunk end
     channels = tl.where(group < groups, D, 0)
@@ -114,7 +114,7 @@ def _attend_kernel(
             top = new_top
         share = 1.0 / total
         if WEIGHTS:
-            share *= tl.load(weights + place, mask=place < asked, other=0.0).to(tl.float32)
+            share *= tl.load(weights + slot, mask=place < asked, other=0.0).to(tl.float32)
         result *= share[:, None]
         if LSE:
             level = tl.where(place < asked, top + tl.log2(total), float("-inf"))
@@ -124,7 +124,7 @@ def _attend_kernel(
 
 
 def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, table: tuple[Tensor, Tensor], out: Tensor,
+    queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, table: Tensor, out: Tensor,
     heads: tuple[int, int], *, by_row: bool, weights: Tensor | None = None, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The output of each chosen chunk by itself, for some of the heads.
@@ -134,17 +134,17 @@ def attend(
         table: of tiles, for the part of `tiles_for(FORWARD, ...)`.
         out: written: with `by_row` (k must be 1) those heads of [R, H, d], otherwise [h, S, d].
         heads: the first, and how many, h.
-        weights: [S] in the order of the groups, multiplied in; None for ones.
+        weights: [S], multiplied in; None for ones.
         lse: [h, S] fp32, written: base-2 logarithm of each softmax's denominator, -inf where there is no chunk; in the
             order of the groups where there are weights, of the slots where there are none.
     """
     first, count = heads
     (_, num_heads, head_dim), chunk_size = queries.shape, keys.shape[1]
     cut = tiles_for(FORWARD, queries.dtype, head_dim)
-    tiles = len(table[0])
+    tiles = len(table)
     _attend_kernel[(tiles * count,)](
         queries[:, first:], keys[:, :, first:], values[:, :, first:], out if weights is None else weights,
-        selection.slots, selection.offsets, *table, out[:, first:] if by_row else out, out if lse is None else lse,
+        selection.slots, selection.offsets, table, out[:, first:] if by_row else out, out if lse is None else lse,
         tiles, selection.groups, selection.num_slots, base_2_scale(head_dim),
         H=num_heads, D=head_dim, U=chunk_size, TOP_K=selection.top_k, BLOCK_M=cut.queries,
         BLOCK_U=min(cut.tokens, padded(chunk_size)), BLOCK_D=padded(head_dim), PART=cut.part, BY_ROW=by_row,
@@ -158,8 +158,7 @@ def forward(
     """Output and what the backward pass needs beside it.
 
     Args:
-        queries: [R, H, d]; keys, values: [G, U, H, d]; weights: [S] in the order of the groups, or None. All
-            contiguous.
+        queries: [R, H, d]; keys, values: [G, U, H, d]; weights: [S] or None. All contiguous.
         with_lse: whether the second result is wanted.
 
     Returns:

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024  # slots in one program
+_SEARCHES = 128  # numbers looked up in one program, each step of which waits for memory
 _MOST = 2**31 - 1  # slots and groups are counted in int32
 
 
@@ -52,20 +53,60 @@ def group_by_chunk(indices: Tensor, num_chunks: int) -> tuple[Tensor, Tensor]:
         _key_kernel[(triton.cdiv(num_slots, _BLOCK),)](
             indices.contiguous(), keys, num_slots, length * top_k, num_chunks, groups, BLOCK=_BLOCK
         )
-    keys, slots = keys.sort(stable=True)
-    number = torch.arange(groups + 1, dtype=dtype, device=indices.device)
-    return slots.to(torch.int32), torch.searchsorted(keys, number, out_int32=True)
+    keys, order = keys.sort(stable=True)
+    slots, offsets = (torch.empty(size, dtype=torch.int32, device=indices.device) for size in (num_slots, groups + 1))
+    _offsets_kernel[(triton.cdiv(max(num_slots, groups + 1), _SEARCHES),)](
+        keys, order, slots, offsets, num_slots, groups, num_slots.bit_length(), BLOCK=_SEARCHES
+    )
+    return slots, offsets
 
 
-@triton.jit(do_not_specialize=["groups", "num_slots"])
-def _count_kernel(offsets, tiles, groups, num_slots, PART: tl.constexpr, BLOCK: tl.constexpr):
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = tl.load(offsets + group, mask=group <= groups, other=0)
-    last = tl.load(offsets + group + 1, mask=group < groups, other=num_slots)
-    tl.store(tiles + group, tl.maximum((last - first + PART - 1) // PART, 1), mask=group <= groups)
+@triton.jit(do_not_specialize=["num_slots", "groups", "steps"])
+def _offsets_kernel(keys, order, slots, offsets, num_slots, groups, steps, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < num_slots
+    tl.store(slots + place, tl.load(order + place, mask=inside, other=0).to(tl.int32), mask=inside)
+    low = tl.zeros([BLOCK], dtype=tl.int32)  # `place` is a group too: its first slot lies from low to high
+    high = low + num_slots
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        open_ = (low < high) & (place <= groups)
+        after = tl.load(keys + middle, mask=open_, other=0) < place
+        low = tl.where(open_ & after, middle + 1, low)
+        high = tl.where(open_ & (after == 0), middle, high)
+    tl.store(offsets + place, low, mask=place <= groups)
 
 
-def tile_table(offsets: Tensor, num_slots: int, part: int) -> tuple[Tensor, Tensor]:
+@triton.jit(do_not_specialize=["tiles", "groups", "num_slots", "steps"])
+def _table_kernel(offsets, tile_group, tiles, groups, num_slots, steps, PART: tl.constexpr, BLOCK: tl.constexpr):
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    low = tl.zeros([BLOCK], dtype=tl.int32)  # the first group that begins behind the tile lies from low to high
+    high = low + groups + 1
+    for _ in range(steps):
+        middle = low + (high - low) // 2
+        open_ = (low < high) & (tile < tiles)
+        before = _first_tile(middle, tl.load(offsets + middle, mask=open_, other=0), PART) <= tile
+        low = tl.where(open_ & before, middle + 1, low)
+        high = tl.where(open_ & (before == 0), middle, high)
+    group = tl.maximum(low - 1, 0)
+    first = tl.load(offsets + group, mask=tile < tiles, other=0)
+    last = tl.load(offsets + group + 1, mask=(tile < tiles) & (group < groups), other=num_slots)
+    extra = tile - _first_tile(group, first, PART)
+    taken = (extra == 0) | (first + extra * PART < last)
+    tl.store(tile_group + tile, tl.where(taken, group, groups + 1), mask=tile < tiles)
+
+
+@triton.jit
+def _first_tile(group, first, PART: tl.constexpr):
+    """The tile at which a group begins whose slots begin at `first`.
+
+    So far apart that no count of tiles is needed: with n tiles a group ends before `first + n * PART`, so the next one
+    begins at n tiles further, or at n + 1.
+    """
+    return group + first // PART
+
+
+def tile_table(offsets: Tensor, num_slots: int, part: int) -> Tensor:
     """Which group each tile belongs to. Every group has a tile, an empty one too, and the slots without a chunk are
     one more group, number G: somebody has to write their zeros.
 
@@ -75,21 +116,21 @@ def tile_table(offsets: Tensor, num_slots: int, part: int) -> tuple[Tensor, Tens
         part: most slots in a tile.
 
     Returns:
-        tile_group: [G + 1 + S // part] int32, the group of each tile in ascending order; G + 1 for a tile too many.
-        tile_ends: [G + 1] int32, one more than the last tile of each group.
+        [G + 1 + S // part] int32, the group of each tile, in ascending order but for the tiles too many, whose number
+        is G + 1.
     """
-    groups = len(offsets) - 1
-    tiles = torch.empty_like(offsets)
-    _count_kernel[(triton.cdiv(groups + 1, _BLOCK),)](offsets, tiles, groups, num_slots, PART=part, BLOCK=_BLOCK)
-    ends = tiles.cumsum(0, dtype=torch.int32)
-    number = torch.arange(groups + 1 + num_slots // part, dtype=torch.int32, device=offsets.device)
-    return torch.searchsorted(ends, number, right=True, out_int32=True), ends
+    groups, tiles = len(offsets) - 1, len(offsets) + num_slots // part
+    tile_group = torch.empty(tiles, dtype=torch.int32, device=offsets.device)
+    _table_kernel[(triton.cdiv(tiles, _SEARCHES),)](
+        offsets, tile_group, tiles, groups, num_slots, len(offsets).bit_length(), PART=part, BLOCK=_SEARCHES
+    )
+    return tile_group
 
 
 @triton.jit
-def tile_slots(group, tile, tile_ends, offsets, groups, num_slots, PART: tl.constexpr):
+def tile_slots(group, tile, offsets, groups, num_slots, PART: tl.constexpr):
     """Where a tile of a group begins and ends in the list of slots, and where its group does."""
     first = tl.load(offsets + group)
     last = tl.load(offsets + group + 1, mask=group < groups, other=num_slots)
-    start = first + (tile - tl.load(tile_ends + group - 1, mask=group > 0, other=0)) * PART
+    start = first + (tile - _first_tile(group, first, PART)) * PART
     return start, tl.minimum(start + PART, last), first, last

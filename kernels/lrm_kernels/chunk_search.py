@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrm_kernels.column_sums import column_sums
+
 MOST_CHOSEN = 16  # top_k
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -263,7 +265,7 @@ def _d_chunks(d_scores: Tensor, indices: Tensor, queries: Tensor, chunks: Tensor
         E=E, TOP_K=top_k, KEPT=triton.next_power_of_2(top_k), BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_E=block_e,
         PRECISION=_precision(queries), num_warps=8,
     )  # fmt: skip
-    return parts.sum(dim=0).to(chunks.dtype)  # [S, B, N, E] -> [B, N, E]
+    return column_sums(parts.flatten(1), chunks.dtype).view(B, N, E)  # [S, B N E] -> [B, N, E]
 
 
 class _ChunkSearch(torch.autograd.Function):

@@ -16,7 +16,9 @@ MIXERS = {
     "deltanet": {"num_heads": 2},
     "gated_deltanet": {"num_heads": 2, "head_dim": 32},
     "retnet": {"num_heads": 2},
+    "rwkv4": {},
     "rwkv5": {"head_dim": 32},
+    "h3": {"d_state": 16, "head_dim": 2},
     "mamba": {},
     "mamba2": {"head_dim": 32, "state_size": 32},
 }

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrm_kernels.chunk_groups import group_by_chunk, tile_table
+from lrm_kernels.chunk_groups import group_by_chunk, tile_slots, tile_table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,12 +39,35 @@ def test_tiles_cover_every_group_and_are_never_too_few(case, part):
     indices, N = case
     slots, offsets = group_by_chunk(indices, N)
     groups = len(offsets) - 1
-    tile_group, tile_ends = tile_table(offsets, len(slots), part)
+    table = tile_table(offsets, len(slots), part)
     ends = [*offsets.tolist(), len(slots)]
     expected = [g for g in range(groups + 1) for _ in range(max(1, -(-(ends[g + 1] - ends[g]) // part)))]
-    assert tile_group[: len(expected)].tolist() == expected
-    assert (tile_group[len(expected) :] == groups + 1).all()
-    assert tile_ends.tolist() == [1 + max(i for i, h in enumerate(expected) if h == g) for g in range(groups + 1)]
+    assert len(table) == groups + 1 + len(slots) // part
+    assert [g for g in table.tolist() if g <= groups] == expected
+    assert table[table > groups].eq(groups + 1).all()
+
+
+@triton.jit
+def _mark_kernel(table, offsets, marks, groups, num_slots, PART: tl.constexpr, BLOCK: tl.constexpr):
+    group = tl.load(table + tl.program_id(0))
+    if group <= groups:
+        start, stop, _, _ = tile_slots(group, tl.program_id(0), offsets, groups, num_slots, PART)
+        place = start + tl.arange(0, BLOCK)
+        marked = tl.load(marks + place, mask=place < stop, other=0)
+        tl.store(marks + place, marked + group * 1000 + 1, mask=place < stop)
+
+
+@settings(max_examples=30, deadline=None)
+@given(choices(), st.integers(1, 9))
+def test_every_slot_lies_in_one_tile_of_its_group(case, part):
+    indices, N = case
+    slots, offsets = group_by_chunk(indices, N)
+    table, groups, num_slots = tile_table(offsets, len(slots), part), len(offsets) - 1, len(slots)
+    marks = torch.zeros_like(slots)
+    _mark_kernel[(len(table),)](table, offsets, marks, groups, num_slots, PART=part, BLOCK=16)
+    sizes = torch.tensor([*offsets.tolist(), num_slots]).diff()
+    expected = torch.arange(groups + 1).repeat_interleave(sizes) * 1000 + 1
+    assert marks.tolist() == expected.tolist()
 
 
 def test_more_chunks_than_int16_counts():

@@ -16,6 +16,8 @@ from lrm_recall.rows import Row
 _TASKS = {"train": "training step", "prefill": "prefill", "generate": "129 tokens by `generate`"}
 _TOP_K = 4  # of notebook 05
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
+_TRAINERS = {"ours": "ours, fp32", "ours tf32": "ours, tf32", "ours bf16": "ours, bf16",
+             "ours, no graph": "ours, kernel by kernel"}  # fmt: skip
 
 
 def models_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -133,17 +135,13 @@ def chunk_attention_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 
 def small_models_table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Steps a second of our trainer of small models and of zoology's."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["experiment"] == "bench_gpu_synthetic" and row["config"]["task"] == "train":
-            found.setdefault(row["config"]["mixer"], {})[row["config"]["side"]] = row["metrics"]["steps_per_s"]
-    sides = {"ours": "ours, fp32", "ours tf32": "ours, tf32", "ours, no graph": "ours, kernel by kernel"}
-    return pd.DataFrame([
-        {"mixer": mixer, "zoology": f"{steps['zoology']:.1f}",
-         **{name: f"{steps[side]:.1f} ({steps[side] / steps['zoology']:.1f}x)" for side, name in sides.items()}}
-        for mixer, steps in found.items() if {"zoology", *sides} <= steps.keys()
-    ])  # fmt: skip
+    """Steps a second of our trainer of small models and of zoology's, on MQAR."""
+    return _trainers(rows, None, "zoology", ("ours", "ours tf32", "ours, no graph"))
+
+
+def mad_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Steps a second of our trainer of small models and of mad-lab's, on MAD."""
+    return _trainers(rows, "mad", "mad-lab", ("ours", "ours tf32", "ours bf16", "ours, no graph"))
 
 
 def parity_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -207,6 +205,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
     "search": search_table,
     "chunk attention": chunk_attention_table,
     "small models": small_models_table,
+    "mad": mad_table,
     "parity": parity_table,
     "references": references_table,
     "statex": statex_table,
@@ -220,6 +219,22 @@ def fill(page: str, rows: Sequence[Row]) -> str:
         return f"{place[1]}\n{markdown(TABLES[place[2]](rows))}\n{place[3]}"
 
     return re.sub(r"(<!-- table: ([a-z ]+) -->)\n.*?(<!-- end -->)", draw, page, flags=re.DOTALL)
+
+
+def _trainers(rows: Sequence[Row], benchmark: str | None, reference: str, sides: Sequence[str]) -> pd.DataFrame:
+    """A line for each mixer of which every side was measured: steps a second, and how many times the reference's."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        config = row["config"]
+        if row["experiment"] != "bench_gpu_synthetic" or config["task"] != "train":
+            continue
+        if config.get("benchmark") == benchmark:
+            found.setdefault(config["mixer"], {})[config["side"]] = row["metrics"]["steps_per_s"]
+    return pd.DataFrame([
+        {"mixer": mixer, reference: f"{steps[reference]:.1f}",
+         **{_TRAINERS[side]: f"{steps[side]:.1f} ({steps[side] / steps[reference]:.1f}x)" for side in sides}}
+        for mixer, steps in found.items() if {reference, *sides} <= steps.keys()
+    ])  # fmt: skip
 
 
 def _order(key: tuple[str, str, int]) -> tuple[str, int, int]:

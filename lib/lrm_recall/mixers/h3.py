@@ -6,6 +6,8 @@ The shift SSM remembers the last N keys, the diagonal one remembers what was mul
 product of keys and values is an outer product within each head, whose side of the keys the queries sum over.
 
 B batch, T tokens, D hidden size, H heads, K and V the key and value channels of a head, both head_dim, N d_state
+
+Between the projections everything lies in memory with the tokens last, as `long_conv` wants it: no transposition.
 """
 
 from __future__ import annotations
@@ -122,23 +124,27 @@ class H3(Mixer):
         context = context or Context()
         cache, K = context.cache, self.head_dim
         B, T, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (_tokens_last(layer, x) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if context.mask is not None:
             k = k.masked_fill(~context.mask.unsqueeze(-1), 0)
         k = self._shift(k, cache)
-        # [B, K, 1, T, H] and [B, 1, V, T, H]: the outer product is then a batch of sequences, one filter a head.
-        q, k, v = (y.unflatten(-1, (-1, K)).permute(0, 3, 1, 2) for y in (q, k, v))  # [B, K or V, T, H]
-        kv = k.unsqueeze(2) * v.unsqueeze(1)  # [B, K, V, T, H]
+        # The outer product of keys and values is a batch of sequences, with one filter a head.
+        q, k, v = (y.permute(2, 0, 1).unflatten(0, (-1, K)) for y in (q, k, v))  # [H, K or V, B, T]
+        kv = (k.unsqueeze(2) * v.unsqueeze(1)).flatten(1, 3)  # [H, K*V*B, T]
 
-        state = torch.view_as_complex(cache["state"]).flatten(0, 2) if cache and "state" in cache else None
+        state = None
+        if cache and "state" in cache:
+            state = torch.view_as_complex(cache["state"]).permute(1, 2, 0, 3, 4).flatten(0, 2)  # [K*V*B, H, N/2]
         y, state = diagonal_ssm(
-            kv.flatten(0, 2), *self.kernel["kernel"](), self.D,
+            kv.permute(1, 2, 0), *self.kernel["kernel"](), self.D,
             initial_state=state, output_final_state=cache is not None,
-        )  # [B*K*V, T, H], [B*K*V, H, N/2]
+        )  # [K*V*B, T, H], [K*V*B, H, N/2]
         if cache is not None:
-            cache["state"] = torch.view_as_real(state).unflatten(0, (B, K, K))
-        y = (y.unflatten(0, (B, K, K)) * q.unsqueeze(2)).sum(1)  # [B, V, T, H]
-        return self.output_linear(y.transpose(1, 2).flatten(-2))  # [B, T, V, H] -> [B, T, D]
+            cache["state"] = torch.view_as_real(state).unflatten(0, (K, K, B)).permute(2, 0, 1, 3, 4, 5).contiguous()
+        y = y.permute(2, 0, 1).unflatten(1, (K, K, B))  # [H, K, V, B, T]
+        y = (y * q.unsqueeze(2)).sum(1)  # [H, V, B, T]
+        y = y.transpose(0, 1).flatten(0, 1).flatten(1).T  # [B*T, V*H]
+        return self.output_linear(y).unflatten(0, (B, T))
 
     def _shift(self, k: Tensor, cache: dict[str, Tensor] | None) -> Tensor:
         """The shift SSM with its skip connection: k [B, T, D] to the same."""
@@ -160,6 +166,17 @@ class H3(Mixer):
         self.kernel["kernel"].init_weights()
         init.normal_(self.ssm_k_D)
         init.normal_(self.D)
+
+
+def _tokens_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), [B, T, D]; in memory [D, B, T], which the matrix product of a linear layer writes as easily.
+
+    Not for a single token, nor where there is a hook, or an adapter or a quantiser in the layer's place.
+    """
+    if x.shape[1] == 1 or type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    rows = torch.addmm(layer.bias.unsqueeze(-1), layer.weight, x.flatten(0, 1).T)  # [D, B*T]
+    return rows.unflatten(1, x.shape[:2]).permute(1, 2, 0)
 
 
 MIXER = H3

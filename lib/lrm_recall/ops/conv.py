@@ -117,7 +117,7 @@ def _rows(x: Tensor, length: int) -> Tensor:
     return F.pad(x, (0, missing)) if missing else x.contiguous()
 
 
-def long_conv(
+def long_conv_torch(
     x: Tensor, kernel: Tensor, *, outputs: int | None = None, block_size: int | None = None
 ) -> Tensor:
     """Causal convolution with a filter as long as the sequence: y[t] = sum over s of kernel[s] * x[t - s].
@@ -128,7 +128,7 @@ def long_conv(
     on a later input, not even by rounding.
 
     Args:
-        x: [B, T, D].
+        x: [B, T, D]; with the strides of a contiguous [D, B, T] nothing is transposed, and the result has them too.
         kernel: [L, D]; taps after the T-th are not used, and missing ones are zero.
         outputs: how many outputs are wanted, the last ones; all T by default. One takes no FFT.
         block_size: S, at most. Up to the default, 128 on a CPU and 512 on a GPU, the matrix product is about as fast as
@@ -148,5 +148,9 @@ def long_conv(
     N = 1 << (-(-T // block_size) - 1).bit_length()  # blocks, a power of two
     S = min(block_size, -(-T // (8 * N)) * 8)  # no longer than N blocks must be, and a length that suits the FFT
     u, kernel = _rows(x.permute(2, 0, 1), N * S), _rows(kernel.T, N * S)  # [D, B, N*S], [D, N*S]
-    y = _LongConv.apply(u, kernel, taps, S)  # [D, B, N*S]
+    with torch.autocast(x.device.type, enabled=False):  # it would take the products to bfloat16
+        y = _LongConv.apply(u, kernel, taps, S)  # [D, B, N*S]
     return y[..., T - outputs : T].permute(1, 2, 0).to(x_dtype)
+
+
+long_conv = dispatched("long_conv", long_conv_torch)

@@ -116,7 +116,8 @@ def _sum_of_exponentials(weights: Tensor, powers: tuple[Tensor, Tensor], T: int)
     # Re(a b) is the scalar product of conj(a) and b as pairs of reals.
     left = torch.view_as_real((weights.unsqueeze(-2) * coarse).conj_physical()).flatten(-2)  # [..., H, A, 2N]
     right = torch.view_as_real(fine).flatten(-2)  # [H, S, 2N]
-    return 2 * (left @ right.mT).flatten(-2)[..., :T]  # [..., H, A*S] -> [..., H, T]
+    with torch.autocast(right.device.type, enabled=False):  # in bfloat16 the exact powers were of no use
+        return 2 * (left @ right.mT).flatten(-2)[..., :T]  # [..., H, A*S] -> [..., H, T]
 
 
 def _final_state(u: Tensor, write: Tensor, powers: tuple[Tensor, Tensor], initial_state: Tensor | None) -> Tensor:
@@ -126,7 +127,9 @@ def _final_state(u: Tensor, write: Tensor, powers: tuple[Tensor, Tensor], initia
     S, A = fine.shape[1], coarse.shape[1]
     backwards = F.pad(u.flip(1), (0, 0, 0, A * S - T)).to(fine.real.dtype)  # [B, A*S, H], from the last token
     rows = backwards.permute(2, 0, 1).reshape(H, B * A, S)
-    sums = torch.view_as_complex((rows @ torch.view_as_real(fine).flatten(-2)).unflatten(-1, (-1, 2)))  # [H, B*A, N]
+    with torch.autocast(rows.device.type, enabled=False):
+        sums = rows @ torch.view_as_real(fine).flatten(-2)  # [H, B*A, 2N]
+    sums = torch.view_as_complex(sums.unflatten(-1, (-1, 2)))  # [H, B*A, N]
     state = (sums.unflatten(1, (B, A)) * coarse.unsqueeze(1)).sum(2) * write.unsqueeze(1)  # [H, B, N]
     state = state.transpose(0, 1)  # [B, H, N]
     if initial_state is not None:

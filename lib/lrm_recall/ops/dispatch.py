@@ -62,15 +62,23 @@ LIBRARY_OF: dict[str, Library] = {
     "rms_norm_of_gated": MAMBA_SSM,
     "rotate": FLA,
     "linears": OWN,
+    "long_conv": OWN,
+    "rwkv4": OWN,
     "swiglu": FLA,
     "cross_entropy": FLA,
     "chunk_search": OWN,
     "chunk_attention": OWN,
+    "unit_rows": OWN,
+    "pool_chunks": OWN,
+    "gate_weights": OWN,
+    "mix_retrieved": OWN,
 }
 
 
 # What a library can do in one call, in the place of several ops that have kernels of their own.
-FUSIONS: dict[str, Library] = {"mamba_inner": MAMBA_SSM, "mamba2_inner": MAMBA_SSM, "resona_step": OWN}
+FUSIONS: dict[str, Library] = {
+    "mamba_inner": MAMBA_SSM, "mamba2_inner": MAMBA_SSM, "resona_step": OWN, "memory_norm": OWN,
+}
 
 
 class Unsupported(Exception):

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -27,6 +26,7 @@ from lrm_recall.mixers.base import Mixer
 from lrm_recall.norms import RMSNorm
 from lrm_recall.ops.dispatch import Unsupported, fusion
 from lrm_recall.options import check_options
+from lrm_recall.resona.gate import gate_weights, mix_retrieved
 from lrm_recall.resona.integrate import attend, chunk_attention
 from lrm_recall.resona.memory import DenseMemory, Memory
 from lrm_recall.resona.search import ENCODERS, NO_CHUNK, chosen_scores, chunk_search, visible_chunks
@@ -162,14 +162,13 @@ class Resona(Mixer):
         store = self._memory(x, context, memory)
         if (output := self._fused_step(x, mixed, context, store)) is not None:
             return output
-        retrieval, chunks_in_memory = self._retrieve(x, context, store)
+        retrieval, chunks_in_memory, tokens = self._retrieve(x, context, store)
         if chunks_in_memory == 0:
             return mixed
         few = in_buffers(context) or x.shape[1] * retrieval.indices.shape[-1] < chunks_in_memory  # positions that ask
-        retrieved = self._integrate(x, store, retrieval, None if few else chunks_in_memory)  # [B, T, D]
+        retrieved = self._integrate(x, store, retrieval, None if few else chunks_in_memory, tokens)  # [B, T, D]
         alpha = self.alpha_proj(x).sigmoid() if self.alpha == "learned" else self.alpha  # [B, T, 1] or a number
-        found = (retrieval.indices != NO_CHUNK).any(dim=-1, keepdim=True)  # [B, T, 1]
-        return torch.where(found, alpha * mixed + (1 - alpha) * retrieved, mixed)
+        return mix_retrieved(mixed, retrieved, retrieval.indices, alpha)
 
     def retrieve(self, x: Tensor, context: Context | None = None, *, memory: Tensor | None = None) -> Retrieval:
         """The chunks that each position of x [B, T, D] picks; arguments as for `forward`."""
@@ -192,49 +191,54 @@ class Resona(Mixer):
             return DenseMemory(x if memory is None else memory, context.offset)
         return context.memory
 
-    def _retrieve(self, x: Tensor, context: Context, memory: Memory) -> tuple[Retrieval, int]:
-        """The retrieval of each position, and the number N of chunks that the memory holds."""
+    def _retrieve(
+        self, x: Tensor, context: Context, memory: Memory
+    ) -> tuple[Retrieval, int, tuple[Tensor, Tensor] | None]:
+        """The retrieval of each position, the number N of chunks in the memory, and its tokens, as from `_encode`."""
+        tokens = None
         visible = visible_chunks(context.positions(x), self.chunk_size)  # [B or 1, T]
         if in_buffers(context):
             chunks = self._renew_newest(memory, visible, context.cache[CHUNK_EMBEDDINGS])  # [B, N, E]
         else:
-            chunks = self.chunk_embeddings(memory, context.cache)  # [B, N, E]
+            chunks, tokens = self._encode(memory, context.cache)  # [B, N, E]
         queries = self.encoder.queries(x)  # [B, T, E]
         indices = context.chunk_indices
         if indices is not None:
             _check_chosen(indices, visible.expand(len(x), -1))
         if chunks.shape[1] == 0:
             indices = visible.new_full((*x.shape[:2], self.top_k), NO_CHUNK) if indices is None else indices
-            return Retrieval(indices, x.new_zeros(indices.shape), None), 0
+            return Retrieval(indices, x.new_zeros(indices.shape), None), 0, None
         if indices is None:
             indices, scores = chunk_search(queries, chunks, visible, self.top_k)  # [B, T, k] each
         else:
             scores = chosen_scores(queries, chunks, indices)  # [B, T, k]
-        weights = self._gate(queries, scores, indices) if self.gate == "null_chunk" else None
-        return Retrieval(indices, scores, weights), chunks.shape[1]
+        weights = None
+        if self.gate == "null_chunk":
+            weights = gate_weights(queries, scores, indices, self.null_chunk, self.log_temperature)  # [B, T, k]
+        return Retrieval(indices, scores, weights), chunks.shape[1], tokens
 
-    def _gate(self, queries: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
-        """Softmax over the k scores and the null chunk's; the weights [B, T, k] of the found chunks."""
-        null = queries @ F.normalize(self.null_chunk, dim=-1)  # [B, T]
-        logits = torch.cat([scores, null[..., None]], dim=-1) * self.log_temperature.exp()  # [B, T, k + 1]
-        absent = F.pad(indices == NO_CHUNK, (0, 1))  # [B, T, k + 1]; the null chunk is always there
-        weights = logits.masked_fill(absent, -torch.inf).softmax(dim=-1)[..., :-1]  # [B, T, k + 1] -> [B, T, k]
-        return weights.to(queries.dtype)  # a kernel's scores are float32
-
-    def _integrate(self, x: Tensor, memory: Memory, retrieval: Retrieval, chunks: int | None) -> Tensor:
+    def _integrate(
+        self, x: Tensor, memory: Memory, retrieval: Retrieval, chunks: int | None,
+        tokens: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:  # fmt: skip
         """Cross-attention from x [B, T, D] into its chunks: [B, T, D].
 
         Args:
             chunks: N, to project every chunk of the memory once; None to project those of each position alone.
+            tokens: those of all N chunks, normalised, [B, N, U, D] for the keys and again for the values; None to
+                read them from the memory.
         """
         indices, weights = retrieval.indices, retrieval.weights
         queries = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
         if chunks is None:
-            keys, values = self._keys_values(memory.take(self._positions(indices)))  # [B, T, k, U, H, d]
+            chosen = self.memory_norm(memory.take(self._positions(indices)))  # [B, T, k, U, D]
+            keys, values = self._keys_values(chosen, chosen)  # [B, T, k, U, H, d]
             output = attend(queries, keys, values, indices, weights)  # [B, T, H, d]
         else:
-            tokens = memory.slice(0, chunks * self.chunk_size)  # [B, N U, D]
-            keys, values = self._keys_values(tokens.unflatten(1, (chunks, self.chunk_size)))  # [B, N, U, H, d]
+            if tokens is None:
+                whole = memory.slice(0, chunks * self.chunk_size).unflatten(1, (chunks, self.chunk_size))
+                tokens = (self.memory_norm(whole),) * 2  # [B, N, U, D] each
+            keys, values = self._keys_values(*tokens)  # [B, N, U, H, d]
             output = chunk_attention(queries, keys, values, indices, weights)  # [B, T, H, d]
         return self.o_proj(output.flatten(2))  # [B, T, H, d] -> [B, T, D]
 
@@ -242,11 +246,10 @@ class Resona(Mixer):
         """Row positions [..., U] of the tokens of chunks [...]; those of chunk 0 for NO_CHUNK."""
         return chunks.clamp(min=0)[..., None] * self.chunk_size + torch.arange(self.chunk_size, device=chunks.device)
 
-    def _keys_values(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Initial embeddings [..., D] to keys and values [..., H, d]."""
-        tokens = self.memory_norm(tokens)
+    def _keys_values(self, for_keys: Tensor, for_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised tokens [..., D], the same twice, to keys and values [..., H, d]."""
         heads = (self.num_heads, -1)
-        return self.k_proj(tokens).unflatten(-1, heads), self.v_proj(tokens).unflatten(-1, heads)
+        return self.k_proj(for_keys).unflatten(-1, heads), self.v_proj(for_values).unflatten(-1, heads)
 
     def _renew_newest(self, memory: Memory, newest: Tensor, table: Tensor) -> Tensor:
         """Encode each row's newest chunk afresh, in a table [B, N, E] of fixed size; newest: [B, 1] its index.
@@ -264,17 +267,35 @@ class Resona(Mixer):
         Where rows began at different positions, the last chunks are complete in some rows only; those are encoded
         afresh in each call and enter the cache once every row has completed them.
         """
+        return self._encode(memory, cache)[0]
+
+    def _encode(
+        self, memory: Memory, cache: dict[str, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """`chunk_embeddings`, and where one kernel normalised the whole memory for all who read it, also its tokens
+        [B, N, U, D] for the keys and for the values."""
         shortest = memory.length if memory.offset is None else memory.length - int(memory.offset.max())
         longest = memory.length if memory.offset is None else memory.length - int(memory.offset.min())
         known = None if cache is None else cache.get(CHUNK_EMBEDDINGS)
         start, stop = 0 if known is None else known.shape[1], longest // self.chunk_size
         tokens = memory.slice(start * self.chunk_size, stop * self.chunk_size)  # [B, (stop - start) U, D]
-        tokens = self.memory_norm(tokens).unflatten(1, (stop - start, self.chunk_size))
-        fresh = self.encoder.chunks(tokens)  # [B, stop - start, E]
+        readers = self._norm_for_all(tokens) if start == 0 and stop > 0 else None
+        normed = (self.memory_norm(tokens),) if readers is None else readers
+        for_search, *others = (y.unflatten(1, (stop - start, self.chunk_size)) for y in normed)
+        fresh = self.encoder.chunks(for_search)  # [B, stop - start, E]
         chunks = fresh if known is None else torch.cat([known, fresh], dim=1)
         if cache is not None:
             cache[CHUNK_EMBEDDINGS] = chunks[:, : max(shortest, 0) // self.chunk_size]
-        return chunks
+        return chunks, tuple(others) or None
+
+    def _norm_for_all(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The normalised tokens, of their shape, for the search, the keys and the values, from a kernel that adds up
+        what the three send back; None where there is none, and each has to normalise them."""
+        norm = fusion("memory_norm", tokens) if type(self.memory_norm) is RMSNorm else None
+        try:
+            return None if norm is None else norm(tokens, self.memory_norm.weight, self.memory_norm.eps)
+        except Unsupported:
+            return None
 
 
 def in_buffers(context: Context) -> bool:

@@ -22,6 +22,20 @@ NO_CHUNK = -1  # index of a chunk that was not found
 _SCORES_AT_ONCE = 1 << 24  # elements of the T x N score matrix held at a time
 
 
+def unit_rows_torch(x: Tensor) -> Tensor:
+    """x [..., E] to unit length in its last dimension."""
+    return F.normalize(x, dim=-1)
+
+
+def pool_chunks_torch(tokens: Tensor, place: Tensor) -> Tensor:
+    """Tokens of chunks [B, N, U, D], weighted by place and channel [U, D], added up: [B, N, D]."""
+    return torch.einsum("bnud,ud->bnd", tokens, place)
+
+
+unit_rows = dispatched("unit_rows", unit_rows_torch)
+pool_chunks = dispatched("pool_chunks", pool_chunks_torch)
+
+
 class MeanEncoder(nn.Module):
     """C is the mean of a chunk's tokens and Q the hidden state itself: no parameters, E = D."""
 
@@ -34,11 +48,11 @@ class MeanEncoder(nn.Module):
 
     def chunks(self, tokens: Tensor) -> Tensor:
         """Tokens of chunks [B, N, U, D] to unit embeddings [B, N, E]."""
-        return F.normalize(tokens.mean(dim=2), dim=-1)  # [B, N, U, D] -> [B, N, D]
+        return unit_rows(tokens.mean(dim=2))  # [B, N, U, D] -> [B, N, D]
 
     def queries(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, D] to unit embeddings [B, T, E]."""
-        return F.normalize(x, dim=-1)
+        return unit_rows(x)
 
     def init_weights(self) -> None:
         """Nothing is learned here."""
@@ -56,7 +70,7 @@ class PlaceEncoder(MeanEncoder):
 
     def chunks(self, tokens: Tensor) -> Tensor:
         """Tokens of chunks [B, N, U, D] to unit embeddings [B, N, E]."""
-        return F.normalize(torch.einsum("bnud,ud->bnd", tokens, self.place), dim=-1)  # -> [B, N, D]
+        return unit_rows(pool_chunks(tokens, self.place))  # [B, N, U, D] -> [B, N, D]
 
     def init_weights(self) -> None:
         """Start from the mean of the chunk."""
@@ -79,12 +93,12 @@ class LinearEncoder(nn.Module):
 
     def chunks(self, tokens: Tensor) -> Tensor:
         """Tokens of chunks [B, N, U, D] to unit embeddings [B, N, E]."""
-        pooled = torch.einsum("bnud,ud->bnd", tokens, self.place)  # [B, N, U, D] -> [B, N, D]
-        return F.normalize(self.chunk_proj(pooled), dim=-1)  # [B, N, D] -> [B, N, E]
+        pooled = pool_chunks(tokens, self.place)  # [B, N, U, D] -> [B, N, D]
+        return unit_rows(self.chunk_proj(pooled))  # [B, N, D] -> [B, N, E]
 
     def queries(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, D] to unit embeddings [B, T, E]."""
-        return F.normalize(self.query_proj(x), dim=-1)  # [B, T, D] -> [B, T, E]
+        return unit_rows(self.query_proj(x))  # [B, T, D] -> [B, T, E]
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -12,6 +12,7 @@ from lrm_recall.ops.linear import plain
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TOP_K, _HEAD_DIM, _CHUNK_SIZE = 16, 256, 256  # the most that our kernels for Resona take
+_CONV_TOKENS = 2048  # the long convolution's products grow as T^2, those of the FFTs of its torch form as T log T
 
 
 def linears(x, *weights):
@@ -36,6 +37,65 @@ def chunk_attention(queries, keys, values, indices, weights):
     _check_most("channels a head", queries.shape[-1], _HEAD_DIM)
     _check_most("tokens a chunk", keys.shape[2], _CHUNK_SIZE)
     return kernel(queries, keys, values, indices, weights)
+
+
+def rwkv4(w, u, k, v, *, initial_state=None, chunk_size=64, output_final_state=True):
+    from lrm_kernels.wkv import wkv as kernel
+
+    for x in (w, u, k, v):  # each of its own: k is float32 beside a narrower v where tokens are masked
+        _check_dtypes(x)
+    return kernel(w, u, k, v, initial_state, output_final_state=output_final_state)
+
+
+def unit_rows(x):
+    from lrm_kernels.unit_rows import MOST_CHANNELS
+    from lrm_kernels.unit_rows import unit_rows as kernel
+
+    _check_dtypes(x)
+    _check_most("channels a row", x.shape[-1], MOST_CHANNELS)
+    return kernel(x, torch.float32 if torch.is_autocast_enabled(x.device.type) else None)  # as F.normalize gives them
+
+
+def pool_chunks(tokens, place):
+    from lrm_kernels.pool_chunks import pool_chunks as kernel
+
+    autocast = torch.is_autocast_enabled(tokens.device.type)
+    for x in (tokens, place):
+        _check_dtypes(x)
+    return kernel(tokens, place, torch.get_autocast_dtype(tokens.device.type) if autocast else None)  # as torch.einsum
+
+
+def memory_norm(x, weight, eps):
+    """The RMS norm of a memory [..., D] once for three readers: search, keys and values."""
+    from lrm_kernels.memory_norm import MOST_CHANNELS
+    from lrm_kernels.memory_norm import memory_norm as kernel
+
+    for tensor in (x, weight):
+        _check_dtypes(tensor)
+    _check_most("channels a row", x.shape[-1], MOST_CHANNELS)
+    return kernel(x, weight, eps)
+
+
+def gate_weights(queries, scores, indices, null_chunk, log_temperature):
+    from lrm_kernels.gate_weights import MOST_CHANNELS
+    from lrm_kernels.gate_weights import gate_weights as kernel
+
+    for x in (queries, scores, null_chunk, log_temperature):
+        _check_dtypes(x)
+    _check_most("chunks a query", indices.shape[-1], _TOP_K)
+    _check_most("channels an embedding", queries.shape[-1], MOST_CHANNELS)
+    return kernel(queries, scores, indices, null_chunk, log_temperature)
+
+
+def mix_retrieved(mixed, retrieved, indices, alpha):
+    from lrm_kernels.mix_retrieved import MOST_CHANNELS
+    from lrm_kernels.mix_retrieved import mix_retrieved as kernel
+
+    for x in (mixed, retrieved, *([alpha] if isinstance(alpha, torch.Tensor) else [])):
+        _check_dtypes(x)
+    _check_most("chunks a query", indices.shape[-1], _TOP_K)
+    _check_most("channels a row", mixed.shape[-1], MOST_CHANNELS)
+    return kernel(mixed, retrieved, indices, alpha)
 
 
 def resona_step(x, mixed, layer, table, memory, length):
@@ -66,6 +126,18 @@ def resona_step(x, mixed, layer, table, memory, length):
     y = kernel(x.squeeze(1).contiguous(), mixed.squeeze(1).contiguous(), table, memory.ids, length, memory.offset,
                embed.weight, weights, **sizes)  # [B, D]
     return y.unsqueeze(1)
+
+
+def long_conv(x, kernel, *, outputs=None, block_size=None):
+    from lrm_kernels.long_conv import long_conv as convolve
+    from lrm_recall.ops.conv import long_conv_torch
+
+    T = x.shape[1]
+    if outputs == 1 or T > _CONV_TOKENS:  # a product and a sum, or FFTs
+        return long_conv_torch(x, kernel, outputs=outputs, block_size=block_size)
+    _check_dtypes(x)
+    y = convolve(x, kernel[:T])
+    return y if outputs is None else y[:, T - outputs :]
 
 
 def _check_dtypes(*tensors):
