@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lrm_recall.evaluate.perplexity import perplexity
 from lrm_recall.ops.loss import IGNORED
 from lrm_recall.results import ResultStore
 from lrm_recall.sweep import run_sweep
+from lrm_recall.train import lm_trainer
 from lrm_recall.train.language_model import LMRun, initial_model, row_key, run_lm
 from lrm_recall.train.lm_checkpoints import (
     checkpoints_folder,
@@ -68,6 +70,13 @@ def test_a_run_returns_what_a_row_needs(shared):
     assert metrics["mfu"] is None and metrics["tokens_per_s"] > 0
     assert metrics["parameters"] == parameter_count(run)
     assert result["peak_memory_mb"] > 0
+
+
+def test_the_best_checkpoint_may_be_one_before_the_last(shared, monkeypatch):
+    rising = iter([5.0, 6.0, 7.0])
+    monkeypatch.setattr(lm_trainer, "perplexity", lambda *_, **__: SimpleNamespace(loss=next(rising)))
+    result = run_lm(replace(shared["run"], seed=3))
+    assert result["metrics"]["best_step"] == 4 and result["history"][-1] == {"step": 12, "valid_loss": 7.0}
 
 
 def test_the_schedule_is_a_cosine_after_a_linear_warm_up(shared):

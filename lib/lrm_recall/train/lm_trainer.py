@@ -129,7 +129,7 @@ def training_arguments(run: LMRun, folder: Path, device: torch.device) -> Traini
         eval_steps=run.eval_every,
         save_strategy="steps",
         save_steps=run.eval_every,
-        save_total_limit=1,  # beside the best
+        save_total_limit=2,  # the best and the last: with 1, the Trainer removes the last one when it ends
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
