@@ -31,6 +31,7 @@ SHAPES = {"130M": {"hidden_size": 600, "num_hidden_layers": 24}, "1.3B": {"hidde
 BATCHES = {"130M": 16384, "1.3B": 8192}  # tokens a step
 LENGTHS = [2048, 8192]
 RESONA = {"layers": [0, 12, 23], "chunk_size": 64, "top_k": 2, "encoder": "linear"}
+HEADS = {"130M": 5, "1.3B": 16}  # of Resona: 120 and 128 channels each
 CODE = ("lrm_recall.model", "lrm_recall.resona.layer", "lrm_recall.mixers.gla", "lrm_recall.ops.libraries.fla")
 
 
@@ -38,7 +39,8 @@ def ours(size: str, resona: dict | None = None) -> nn.Module:
     from lrm_recall import RecurrentLM, RecurrentLMConfig
 
     return RecurrentLM(RecurrentLMConfig(
-        vocab_size=VOCAB, mixer="gla", tie_word_embeddings=size == "130M", resona=resona, **SHAPES[size]
+        vocab_size=VOCAB, mixer="gla", tie_word_embeddings=size == "130M", **SHAPES[size],
+        resona=None if resona is None else {**resona, "num_heads": HEADS[size]},
     ))  # fmt: skip
 
 
@@ -103,7 +105,7 @@ def bench(profile: str, sizes: list[str], lengths: list[int], repeats: int) -> N
                     experiment="bench_gpu_lm",
                     config={"model": f"gla {size}", "length": length, "batch": len(ids), "side": side,
                             "dtype": "bfloat16", "autotune": autotune.mode(), "parameters": parameters,
-                            "resona": RESONA if "Resona" in side else None},
+                            "resona": models[side].config.resona},
                     seed=0, data={"source": "random", "revision": ""}, code=code, profile=profile, machine=here,
                     metrics=metrics, runtime_s=metrics["ms"] / 1e3 * repeats, peak_memory_mb=metrics["peak_mb"],
                 ))  # fmt: skip

@@ -18,6 +18,7 @@ _TOP_K = 4  # of notebook 05
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _TRAINERS = {"ours": "ours, fp32", "ours tf32": "ours, tf32", "ours bf16": "ours, bf16",
              "ours, no graph": "ours, kernel by kernel"}  # fmt: skip
+_SIDES = tuple(_TRAINERS)
 
 
 def models_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -93,6 +94,39 @@ def resona_table(rows: Sequence[Row]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def resona_decoding_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """128 steps with Resona beside the same model alone, and the paper's Table 6 beside both."""
+    ours = frame([row for row in rows if row["experiment"] == "efficiency" and row["config"]["task"] == "decode"])
+    lines = []
+    for (model, length), part in paper_cost_table(ours, 6).groupby(["model", "length"], sort=False):
+        cells = {cell["variant"]: cell for cell in part.to_dict("records")}
+        if {"base", "resona"} <= cells.keys() and pd.notna(cells["resona"]["our_ratio"]):
+            lines.append({
+                "model, 1.3B": model, "tokens before": f"{length:,}", "alone, ms": f"{cells['base']['ours']:.0f}",
+                "with Resona, ms": f"{cells['resona']['ours']:.0f}", "ratio": f"{cells['resona']['our_ratio']:.2f}",
+                "paper, alone, ms": f"{cells['base']['paper']:,.0f}",
+                "paper, with Resona, ms": f"{cells['resona']['paper']:,.0f}",
+                "paper's ratio": f"{cells['resona']['paper_ratio']:.2f}",
+            })  # fmt: skip
+    return pd.DataFrame(lines)
+
+
+def throughput_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Training a GLA: tokens a second of our class, with and without Resona, and of flash-linear-attention's."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        if row["experiment"] == "bench_gpu_lm":
+            found.setdefault((row["config"]["model"], row["config"]["length"]), {})[row["config"]["side"]] = row
+    lines = []
+    for (model, length), sides in sorted(found.items()):
+        speed = {side: row["metrics"]["tokens_per_s"] for side, row in sides.items()}
+        others = [side for side in speed if side != "fla"]
+        lines.append({"model": model, "tokens": f"{length:,}", "FLA, tokens/s": f"{speed['fla']:,.0f}",
+                      **{f"{side}, tokens/s": f"{speed[side]:,.0f} ({speed[side] / speed['fla']:.2f}x)"
+                         for side in others}})  # fmt: skip
+    return pd.DataFrame(lines)
+
+
 def resona_training_table(rows: Sequence[Row]) -> pd.DataFrame:
     """A training step with Resona beside the same model alone."""
     return training_cost_table(frame([row for row in rows if row["experiment"] == "efficiency"]))
@@ -136,12 +170,12 @@ def chunk_attention_table(rows: Sequence[Row]) -> pd.DataFrame:
 
 def small_models_table(rows: Sequence[Row]) -> pd.DataFrame:
     """Steps a second of our trainer of small models and of zoology's, on MQAR."""
-    return _trainers(rows, None, "zoology", ("ours", "ours tf32", "ours, no graph"))
+    return _trainers(rows, None, "zoology", _SIDES)
 
 
 def mad_table(rows: Sequence[Row]) -> pd.DataFrame:
     """Steps a second of our trainer of small models and of mad-lab's, on MAD."""
-    return _trainers(rows, "mad", "mad-lab", ("ours", "ours tf32", "ours bf16", "ours, no graph"))
+    return _trainers(rows, "mad", "mad-lab", _SIDES)
 
 
 def parity_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -201,11 +235,13 @@ TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
     "decoding": decoding_table,
     "tuning": tuning_table,
     "resona": resona_table,
+    "resona decoding": resona_decoding_table,
     "resona training": resona_training_table,
     "search": search_table,
     "chunk attention": chunk_attention_table,
     "small models": small_models_table,
     "mad": mad_table,
+    "throughput": throughput_table,
     "parity": parity_table,
     "references": references_table,
     "statex": statex_table,
