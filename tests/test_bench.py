@@ -127,7 +127,7 @@ def test_tables_of_the_two_benchmarks_take_their_own_rows(synthetic, monkeypatch
     assert len(rows) == 10 and len({str(sorted(row["config"].items())) for row in rows}) == 10
     (mqar,), (mad,) = (TABLES[name](rows).to_dict("records") for name in ("small models", "mad"))
     assert mqar == {"mixer": "attention", "zoology": "5.0", "ours, fp32": "10.0 (2.0x)", "ours, tf32": "10.0 (2.0x)",
-                    "ours, kernel by kernel": "10.0 (2.0x)"}  # fmt: skip
+                    "ours, bf16": "10.0 (2.0x)", "ours, kernel by kernel": "10.0 (2.0x)"}  # fmt: skip
     assert mad["mad-lab"] == "5.0" and mad["ours, bf16"] == "20.0 (4.0x)"
     only_ours = [row for row in rows if row["config"]["side"] != "mad-lab"]
     assert len(TABLES["mad"](only_ours)) == 0 and len(TABLES["small models"](only_ours)) == 1
