@@ -5,6 +5,7 @@
     lrm-recall sweep synthetic --only mixer=mamba --only variant=[base,resona0]
     lrm-recall sweep synthetic --workers tcp://10.0.0.1:8786      on a Dask cluster
     lrm-recall sweep synthetic --shard 2/3 --budget 540           a third of the runs; none is started after 9 minutes
+    lrm-recall sweep synthetic --compile-first 32                 first the kernels of all of them, in 32 processes
 
 Runs that are stored are not done again, nor those that another sweep on the same store has in hand; failed ones only
 with --retry-failed. Each row is on disk as soon as its run ends, so a sweep may be stopped at any time. Rows of
@@ -27,7 +28,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrm_recall.execution import BrokenProcess
+from lrm_recall.execution import BrokenProcess, gpus
 from lrm_recall.options import did_you_mean
 from lrm_recall.parameters import ParameterError, read_assignments
 from lrm_recall.progress import duration
@@ -56,6 +57,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     sweep.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N",
                        help="the I-th of N parts, for machines that share nothing")  # fmt: skip
     sweep.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no run after this time")
+    sweep.add_argument("--compile-first", type=_count, metavar="N",
+                       help="on GPUs: first compile the kernels of all runs, in N processes")  # fmt: skip
     sweep.add_argument("--retry-failed", action="store_true", help="try failed runs again")
     sweep.add_argument("--dry-run", action="store_true", help="list what is missing and its cost; run nothing")
     sweep.add_argument("--results", type=Path, metavar="DIR", help="rows (default: outputs/results)")
@@ -78,6 +81,9 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
         workers = parameters["workers"] if options.workers is None else options.workers
         if not options.dry_run and not isinstance(workers, str):  # a cluster's workers have devices of their own
             usable_device(device)
+        if options.compile_first is not None and (isinstance(workers, str) or not device.startswith("cuda")):
+            raise ValueError(f"--compile-first compiles on this machine's GPUs, not for device {device!r} and workers "
+                             f"{workers!r}")
         experiments = synthetic_experiments(device)
         asked = shard(chosen(by_experiment(synthetic_runs(parameters)), only), experiments, *options.shard)
     except ValueError as error:
@@ -89,6 +95,8 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
             for each, runs in asked.items():
                 print(_cost(_plan(runs, experiments[each], store, options.retry_failed), experiments[each], store))
             return 0
+        if options.compile_first is not None:
+            _compile(asked, experiments, store, device, options)
         deadline = None if options.budget is None else begun + options.budget
         return _run(asked, experiments, store, profile=options.profile, workers=workers, device=device,
                     retry_failed=options.retry_failed, deadline=deadline)
@@ -120,6 +128,22 @@ def _run(asked: Mapping[str, list], experiments: Mapping[str, Experiment], store
     for reason, count in _counts(row["error"] for row in failed).items():
         print(f"lrm-recall: {count} failed: {reason} (--retry-failed tries again)", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _compile(
+    asked: Mapping[str, list], experiments: Mapping[str, Experiment], store: ResultStore, device: str,
+    options: argparse.Namespace,
+) -> None:
+    """Compile what the missing runs will need."""
+    from lrm_recall.train.compile_ahead import compile_ahead
+
+    seen = gpus() if device == "cuda" else [",".join(gpus())]  # "cuda:1" counts among all that are visible
+    for name, runs in asked.items():
+        plan = _plan(runs, experiments[name], store, options.retry_failed)
+        errors = compile_ahead([plan.specs[key] for key in plan.missing], experiments[name].run,
+                               processes=options.compile_first, gpus=seen)  # fmt: skip
+        for reason, count in _counts(errors).items():
+            print(f"lrm-recall: {count} kinds of {name} runs did not compile: {reason}", file=sys.stderr)
 
 
 # --- what it will cost
@@ -178,6 +202,12 @@ def _workers(text: str) -> int | str:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of workers above 0 nor an address such as "
                                          "tcp://10.0.0.1:8786")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
 
 
