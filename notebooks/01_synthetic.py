@@ -32,6 +32,7 @@ fresh: bool = False  # train again what is stored already; the command line sets
 workers: int = 2  # runs at a time: processes of one thread each; on GPUs threads that share one
 device: str = "cpu"  # where to train: cpu, or cuda for every GPU that is visible
 retry_failed: bool = False  # try again the runs that failed before
+budget: int | None = None  # seconds after which no further run is started; 0 draws what is stored, with its gaps
 mixers: list[str] = ["baseconv", "gla"]  # base models: modules of lrm_recall.mixers
 variants: list[str] = ["base", "resona0"]  # base, or resona and the layer that retrieves, counted from 0
 lengths: list[list[int]] = [[64, 4, 32]]  # one line each: input length, key-value pairs, batch size
@@ -75,6 +76,8 @@ mad_num_test: int = 256  # MAD: examples in the validation set, and as many in t
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
+import time
+
 from IPython.display import Markdown
 
 from lrm_recall import provenance
@@ -140,7 +143,7 @@ control = asked.control
 # %% [markdown]
 # The store knows which of these runs are done; only the others are trained, and each row is kept as soon as its run
 # ends. Stop at any time: the next run goes on from there. Learning rates are tried in the given order; a model that
-# reaches the target accuracy in validation is not trained at the next one.
+# reaches the target accuracy in validation is not trained at the next one. What `budget` leaves out is missing below.
 
 # %%
 experiments = synthetic_experiments(usable_device(device))
@@ -150,7 +153,8 @@ for name, runs in by_experiment(asked).items():
 print("(at most: a model that is solved is not trained at the next learning rate)")
 
 # %%
-options = {"profile": profile, "workers": workers, "device": device, "retry_failed": retry_failed}
+deadline = None if budget is None else time.monotonic() + budget
+options = {"profile": profile, "workers": workers, "device": device, "retry_failed": retry_failed, "deadline": deadline}
 own = [row for name, runs in by_experiment(asked).items() if runs
        for row in sweep_rates(runs, experiments[name], store, fresh=fresh, **options)]
 rows = load_profiles(results_dir, "synthetic")
