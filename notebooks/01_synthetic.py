@@ -90,6 +90,7 @@ from lrm_recall.figures.mqar_embedding import embedding_table
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown
+from lrm_recall.figures.synthetic_costs import synthetic_costs
 from lrm_recall.figures.tables import markdown, write_table
 from lrm_recall.promises import promise
 from lrm_recall.results import ResultStore, load_profiles, profile_path
@@ -277,6 +278,16 @@ table1 = mad_table1(rows, profile, mad_variants[-1])
 table1_text = mad_table1_markdown(table1)
 files += write_table(table1, output_dir, "mad_table1", table1_text)
 Markdown(table1_text)
+
+# %% [markdown]
+# ## What it cost
+#
+# Every stored run, of this profile and of others. Runs share a machine, so that a sweep takes less than their sum.
+
+# %%
+costs = synthetic_costs(rows)
+files += write_table(costs, output_dir, "synthetic_costs")
+Markdown(markdown(costs))
 
 # %% [markdown]
 # ## Try it yourself

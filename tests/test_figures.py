@@ -16,6 +16,7 @@ from lrm_recall.figures.mqar_ablation import ablation_table, mqar_ablation
 from lrm_recall.figures.mqar_cells import chosen_runs, mqar_cells, mqar_runs
 from lrm_recall.figures.mqar_claim import claim_in_words, mqar_claim
 from lrm_recall.figures.mqar_curves import mqar_curves
+from lrm_recall.figures.mqar_embedding import embedding_table
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown, verdict_counts
@@ -384,3 +385,9 @@ def test_rows_of_mad_beside_them_change_nothing():
     assert (rows["experiment"] == "mad").any()
     cells = mqar_cells(rows)
     assert {str(cells[name].dtype) for name in ("length", "pairs", "d_model", "num_train")} == {"int64"}
+
+
+def test_without_base_models_the_other_embeddings_have_no_lines():
+    rows = frame([row(layers=[0], profile="paper", embedding_range=0.1)])
+    assert embedding_table(rows, "paper").empty and "No base model that ran" in claim_in_words(
+        mqar_claim(rows, "paper", RESONA))

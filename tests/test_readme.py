@@ -38,10 +38,11 @@ def test_tables_are_copies_of_the_outputs(name):
     assert rest.partition("<!-- end -->")[0].strip() == (ROOT / name).read_text().strip()
 
 
-def test_table_11_comes_from_the_stored_rows():
+@pytest.mark.parametrize("profile", ["laptop", "paper"])
+def test_table_11_comes_from_the_stored_rows(profile):
     rows = load_profiles(ROOT / "outputs" / "results", "synthetic")
-    table = results_table_markdown(mqar_table11(rows, "laptop", RESONA))
-    assert (ROOT / "outputs" / "laptop" / "mqar_table11.md").read_text().strip() == table.strip()
+    table = results_table_markdown(mqar_table11(rows, profile, RESONA))
+    assert (ROOT / "outputs" / profile / "mqar_table11.md").read_text().strip() == table.strip()
 
 
 def test_every_time_of_the_benchmark_table_is_in_a_row():

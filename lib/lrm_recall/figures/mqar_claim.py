@@ -42,7 +42,7 @@ def mqar_claim(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | Non
 def claim_in_words(claim: pd.DataFrame) -> str:
     """"In 10 of the 12 cells where the base model is below 0.9, every variant ... reaches 0.99; not in: ..."."""
     if claim.empty:
-        return f"No base model is below {SOLVED} here, so there is nothing for Resona to mend."
+        return f"No base model that ran is below {SOLVED}, so there is nothing for Resona to mend."
     missed = [f"{cell['model']} at length {cell['length']}, dimension {cell['d_model']}"
               for cell in claim[~claim["holds"]].to_dict("records")]
     sentence = (f"In {int(claim['holds'].sum())} of the {len(claim)} cells where the base model is below {SOLVED}, "

@@ -21,7 +21,7 @@ def embedding_table(rows: pd.DataFrame, profile: str) -> pd.DataFrame:
 
     Returns:
         model, length, pairs, d_model, then one column a standard deviation: mean ± sd over seeds, of the better
-        learning rate in validation.
+        learning rate in validation. Empty where no base model ran.
     """
     base = rows[(rows["profile"] == profile) & rows["experiment"].isin(["mqar", EXPERIMENT])]
     if "config.resona.layers" in base:
@@ -31,6 +31,8 @@ def embedding_table(rows: pd.DataFrame, profile: str) -> pd.DataFrame:
         cells = mqar_cells(part.assign(experiment="mqar"))
         shown = [mean_sd(cell.accuracy, cell.sd, cell.seeds) for cell in cells.itertuples()]
         tables.append(cells[_PLACE].assign(width=f"embeddings {width:g}", accuracy=shown))
+    if not tables:
+        return pd.DataFrame(columns=["model", *_PLACE[1:]])
     table = pd.concat(tables).pivot(index=_PLACE, columns="width", values="accuracy").dropna().reset_index()
     return table.assign(mixer=[mark(mixer).name for mixer in table["mixer"]]).rename(
         columns={"mixer": "model"}).rename_axis(columns=None)
