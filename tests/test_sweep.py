@@ -334,6 +334,8 @@ def test_the_estimate_starts_from_hints_and_learns_from_runs():
         assert bar.seconds_left() == pytest.approx(100, abs=1)
         bar.finished("b", 1.0, failed=True)
         assert bar.seconds_left() == pytest.approx(75, abs=1)
+        bar.unneeded(["c"])
+        assert bar.seconds_left() == pytest.approx(25, abs=1)
     with SweepProgress("x", ["a", "b"], None, workers=1, show=False) as bar:
         assert bar.seconds_left() is None
         bar.finished("a", 10.0, failed=False)

@@ -86,16 +86,17 @@ def execute_here(run: Run, specs: Mapping[str, Any]) -> Iterator[tuple[str, Outc
 def execute_on(client: Client, run: Run, specs: Mapping[str, Any]) -> Iterator[tuple[str, Outcome]]:
     """Do the runs on the workers of `client`; yields in the order in which they end.
 
-    A run is handed out when a thread is free for it and not before: one that waits on a worker would be lost
-    with it, through no fault of its own. Runs that are lost together with the process that they shared are done
-    once more, after all others and one at a time, so that the one to blame is found and the others are not.
+    `specs` is a mapping, or anything whose `items` gives those that can be done now and have not been given. A run is
+    handed out when a thread is free for it and not before: one that waits on a worker would be lost with it, through
+    no fault of its own. Runs that are lost together with the process that they shared are done once more, after all
+    others and one at a time, so that the one to blame is found and the others are not.
 
     Raises:
         SchedulerLost: the scheduler goes away.
     """
     from distributed import as_completed
 
-    waiting = iter(specs.items())
+    waiting = iter(specs.items()) if isinstance(specs, Mapping) else None
     again: deque[tuple[str, Any]] = deque()
     running: dict[Future, tuple[str, Any, bool]] = {}  # key, description, whether others share its process
     ended = as_completed(loop=client.loop, raise_errors=False)
@@ -108,7 +109,7 @@ def execute_on(client: Client, run: Run, specs: Mapping[str, Any]) -> Iterator[t
     while True:
         threads = client.nthreads().values()
         free = max(1, sum(threads)) - len(running)
-        for key, spec in itertools.islice(waiting, max(0, free)):
+        for key, spec in itertools.islice(waiting or specs.items(), max(0, free)):
             hand_out(key, spec, shared=max(threads, default=1) > 1)
         if not running and again:
             hand_out(*again.popleft(), shared=False)

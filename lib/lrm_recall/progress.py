@@ -69,6 +69,12 @@ class SweepProgress:
         self._bar.n += 1  # update(1) would draw once more, with the old estimate
         self._refresh()
 
+    def unneeded(self, keys: Iterable[str]) -> None:
+        """Count runs no more that need not be done."""
+        for key in keys:
+            self._total_cost -= self._cost[key]
+            self._bar.total -= 1
+
     def seconds_left(self) -> float | None:
         """Estimated time until the last run ends; None while nothing is known."""
         if self._speed is None:
@@ -82,7 +88,7 @@ class SweepProgress:
     def _refresh(self) -> None:
         left = self.seconds_left()
         notes = [f"{self._failed} failed"] if self._failed else []
-        if self._bar.n < len(self._cost):
+        if self._bar.n < self._bar.total:
             notes.append("time left unknown" if left is None else f"about {duration(left)} left")
         self._bar.set_postfix_str(", ".join(notes))
 

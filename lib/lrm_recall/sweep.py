@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lrm_recall.claims import Claims
 from lrm_recall.code_hash import code_hash
@@ -64,6 +64,16 @@ class Experiment:
             raise ValueError(f"run must be a function at the top of a module, not {module}.{name}")
         if missing := {"source", "revision"} - set(self.data):
             raise ValueError(f"data lacks {', '.join(sorted(missing))}: {dict(self.data)}")
+
+
+class Turns(Protocol):
+    """Decides during a sweep which of its missing runs are done when."""
+
+    def __call__(self, key: str) -> bool | None:
+        """Whether the run may be done now; None if it need not be done at all."""
+
+    def note(self, row: Row) -> None:
+        """Take notice of the row of a run that has ended, here or in another sweep."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,7 @@ def run_sweep(
     progress: bool = True,
     deadline: float | None = None,
     on_row: Callable[[Row], None] | None = None,
+    turns: Turns | None = None,
 ) -> list[Row]:
     """Do the missing runs; return the row of every run asked for, in the order of `specs`, duplicates once.
 
@@ -174,6 +185,8 @@ def run_sweep(
         deadline: a time of `time.monotonic()` after which no run is started, the cheapest having gone first; those
             under way are finished, and those not started have no row in what is returned.
         on_row: called with each new row, once it is on disk.
+        turns: which runs may be done when; a run that need not be done has no row in what is returned. None for all
+            at once.
 
     Raises:
         ValueError: as `plan_sweep`, or for `workers` below 1.
@@ -189,7 +202,7 @@ def run_sweep(
     store.repair()
     new: dict[str, Row] = {}
     if plan.missing:
-        queue = _Queue(plan, store, before, _order(plan, workers, deadline), deadline)
+        queue = _Queue(plan, store, before, _order(plan, workers, deadline), deadline, turns)
         with contextlib.closing(queue), contextlib.closing(_do(queue, experiment, profile, workers, progress)) as rows:
             for row in rows:
                 store.append(row)
@@ -229,9 +242,11 @@ def shard_of(groups: Mapping[Any, float], index: int, count: int) -> set[Any]:
 
 
 class _Queue:
-    """The missing runs of a plan, handed out one by one: not those that another sweep has, and none after the deadline.
+    """The missing runs of a plan, handed out one by one: each in its turn, not those that another sweep has, and none
+    after the deadline.
 
-    To an executor it is what a mapping from keys to descriptions would be, through `items` alone.
+    To an executor it is what a mapping from keys to descriptions would be, through `items` alone, which may be called
+    again: it gives what can be done now and has not been given.
 
     Attributes:
         order: keys of the missing runs, the first to do first.
@@ -240,39 +255,59 @@ class _Queue:
     """
 
     def __init__(self, plan: Plan, store: ResultStore, before: Mapping[str, Row], order: list[str],
-                 deadline: float | None):  # fmt: skip
-        self.plan, self.order, self.waiting = plan, order, order
+                 deadline: float | None, turns: Turns | None):  # fmt: skip
+        self.plan, self.order, self.waiting = plan, order, list(order)
         self.rows: dict[str, Row] = {}
-        self._store, self._before, self._deadline = store, before, deadline
+        self._store, self._before, self._deadline, self._turns = store, before, deadline, turns
         self._claims = Claims(store.path)
         self._news: list[Row] = []
+        self._unneeded: list[str] = []
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Key and description of every run that can be done now, claimed the moment it is asked for."""
-        waiting, self.waiting = self.waiting, []
-        for key in waiting:
+        while (key := self._next()) is not None:
+            yield key, self.plan.specs[key]
+
+    def _next(self) -> str | None:
+        """The first run that can be done now, claimed; None where there is none."""
+        place = 0
+        while place < len(self.waiting):
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self.waiting = []
-                return
-            if not self._claims.take(key):
-                self.waiting.append(key)
+                return None
+            key = self.waiting[place]
+            turn = True if self._turns is None else self._turns(key)
+            if turn is None:
+                self._unneeded.append(self.waiting.pop(place))
                 continue
+            if not turn or not self._claims.take(key):
+                place += 1
+                continue
+            self.waiting.pop(place)
             row = _latest(self._store).get(key)
             if row == self._before.get(key):
-                yield key, self.plan.specs[key]
-            else:
-                self.stored(row)
-                self._news.append(row)
+                return key
+            self.stored(row)
+            self._news.append(row)
+            place = 0  # it may be another's turn now
+        return None
 
     def stored(self, row: Row) -> None:
         """Note that `row` is in the store."""
         self.rows[row["key"]] = row
+        if self._turns is not None:
+            self._turns.note(row)
         self._claims.release(row["key"])
 
     def news(self) -> list[Row]:
         """Rows of other sweeps that have been found since the last call."""
         news, self._news = self._news, []
         return news
+
+    def unneeded(self) -> list[str]:
+        """Runs that have turned out not to be needed since the last call."""
+        keys, self._unneeded = self._unneeded, []
+        return keys
 
     def close(self) -> None:
         """Leave to other sweeps what has not been done."""
@@ -309,6 +344,7 @@ def _do(queue: _Queue, experiment: Experiment, profile: str, workers: int | str,
                 row = _row(experiment, plan.specs[key], plan.codes[key], profile, outcome)
                 bar.finished(key, row["runtime_s"], failed=row["status"] == "failed")
                 yield row
+                bar.unneeded(queue.unneeded())
             for row in queue.news():
                 bar.finished(row["key"], row["runtime_s"], failed=row["status"] == "failed")
             if queue.waiting:

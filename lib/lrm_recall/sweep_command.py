@@ -34,7 +34,7 @@ from lrm_recall.parameters import ParameterError, read_assignments
 from lrm_recall.progress import duration
 from lrm_recall.results import ResultStore, StoreError, profile_path
 from lrm_recall.sweep import Experiment, Plan, plan_sweep
-from lrm_recall.sweep_choice import chosen, condition, group, shard
+from lrm_recall.sweep_choice import chosen, condition, shard
 
 if TYPE_CHECKING:
     from lrm_recall.workbook import Workbook
@@ -150,18 +150,14 @@ def _compile(
 
 
 def _plan(runs: list, experiment: Experiment, store: ResultStore, retry_failed: bool) -> Plan:
-    """What is missing; without the runs of a group that a learning rate has solved already."""
-    from lrm_recall.train.rates import unsolved
+    """What is missing; without the runs of a cell that a learning rate has solved already."""
+    from lrm_recall.train.rates import RateTurns
 
     plan = plan_sweep(runs, experiment, store)
-    stored = {row["key"]: row for row in store.rows()}
-    groups: dict[str, list[str]] = {}
-    for key, run in plan.specs.items():
-        groups.setdefault(group(run), []).append(key)
-    needed = []
-    for keys in groups.values():
-        specs, rows = [plan.specs[key] for key in keys], [stored[key] for key in keys if key in stored]
-        needed += specs if unsolved(specs, rows) else [plan.specs[key] for key in keys if key in stored]
+    turns, done = RateTurns(plan.specs), set(plan.stored)
+    for row in store.rows():
+        turns.note(row)
+    needed = [spec for key, spec in plan.specs.items() if key in done or turns(key) is not None]
     return plan_sweep(needed, experiment, store, retry_failed=retry_failed)
 
 

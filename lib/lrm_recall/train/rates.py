@@ -5,14 +5,13 @@ rate alone). A cell (all runs that differ in nothing but learning rate, weight d
 every seed of it reached `target_accuracy` on the validation set: no other rate could be chosen over that one by more
 than what is left to the target. `lrm_recall.train.select` then picks among those tried.
 
-Cells run side by side, the rates of a cell one after another. The workers are started once for all rates: on a GPU
-each has libraries to import and kernels to compile.
+Cells run side by side and none waits for another: only the rates of a cell come one after another.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -36,7 +35,7 @@ def sweep_rates(
     fresh: bool = False,
     **options: Any,
 ) -> list[Row]:
-    """`run_sweep` rate by rate; the row of every run that was asked of the store, in that order.
+    """`run_sweep`, each run in its turn; the row of every run that was needed, in that order.
 
     Args:
         runs: as `mqar_runs` or `mad_runs` makes them; their learning rates and weight decays, in order of first
@@ -45,41 +44,68 @@ def sweep_rates(
         workers: runs at a time: processes on a CPU, threads of one process for each GPU; or a scheduler's address.
         device: where the runs work, as for `lrm_recall.execution.dask_client`.
     """
-    rows: list[Row] = []
     again = {"retry_failed": retry_failed, "fresh": fresh}
-    started = isinstance(workers, str) or in_one_process(workers, device)  # nothing is left to start
+    plan = plan_sweep(runs, experiment, store, **again)
+    turns, missing = RateTurns(plan.specs), set(plan.missing)
+    for row in [*store.failures(), *store.rows()]:
+        if row["key"] not in missing:
+            turns.note(row)
+    needed = [key for key in plan.missing if turns(key) is not None]
+    asked = [run for key, run in plan.specs.items() if key not in missing or turns(key) is not None]
     with contextlib.ExitStack() as stack:
-        for trial in dict.fromkeys(_trial(asdict(run)) for run in runs):
-            waiting = unsolved(runs, rows)
-            todo = [run for run in runs if _trial(asdict(run)) == trial and _cell(asdict(run)) in waiting]
-            if not started and (missing := plan_sweep(todo, experiment, store, **again).missing):
-                client = stack.enter_context(dask_client(min(workers, len(missing)), device))
-                started, workers = True, client.scheduler.address
-            if todo:
-                rows += run_sweep(todo, experiment, store, workers=workers, **again, **options)
-    return rows
+        if needed and not isinstance(workers, str) and not in_one_process(workers, device):
+            workers = min(workers, turns.most_at_once(needed))
+            workers = stack.enter_context(dask_client(workers, device)).scheduler.address
+        return run_sweep(asked, experiment, store, workers=workers, turns=turns, **again, **options)
 
 
-def unsolved(runs: Sequence[MQARRun], rows: Sequence[Row]) -> set[str]:
-    """The cells of `runs` that no trial among `rows` has solved for every seed."""
-    seeds: dict[str, set[int]] = {}
-    for run in runs:
-        seeds.setdefault(_cell(asdict(run)), set()).add(run.seed)
-    done: dict[tuple[str, tuple[float, ...]], set[int]] = {}
-    for row in rows:
+class RateTurns:
+    """Whose turn it is: the `turns` of a sweep over rates.
+
+    Args:
+        runs: every run of the sweep by its key.
+    """
+
+    def __init__(self, runs: Mapping[str, MQARRun]) -> None:
+        self._places = {key: _place(asdict(run)) for key, run in runs.items()}  # cell, trial, seed
+        self._trials = list(dict.fromkeys(trial for _, trial, _ in self._places.values()))
+        self._asked: dict[tuple[str, tuple], set[int]] = {}  # seeds, by cell and trial
+        self._seeds: dict[str, set[int]] = {}
+        for cell, trial, seed in self._places.values():
+            self._asked.setdefault((cell, trial), set()).add(seed)
+            self._seeds.setdefault(cell, set()).add(seed)
+        self._ended: dict[tuple[str, tuple], set[int]] = {}
+        self._reached: dict[tuple[str, tuple], set[int]] = {}
+        self._solved: set[str] = set()
+
+    def __call__(self, key: str) -> bool | None:
+        """Whether the run may be done now; None if it need not be, as its cell is solved."""
+        cell, trial, _ = self._places[key]
+        if cell in self._solved:
+            return None
+        before = self._trials[: self._trials.index(trial)]
+        return all(self._asked.get((cell, each), set()) <= self._ended.get((cell, each), set()) for each in before)
+
+    def most_at_once(self, keys: Iterable[str]) -> int:
+        """How many of these runs can be under way together."""
+        places = (self._places[key] for key in keys)
+        return len({(cell, seed) for cell, _, seed in places})
+
+    def note(self, row: Row) -> None:
+        """Take notice of a row; those of other sweeps say nothing."""
+        if row["key"] not in self._places:
+            return
+        cell, trial, seed = self._places[row["key"]]
+        self._ended.setdefault((cell, trial), set()).add(seed)
         target = row["config"]["target_accuracy"]
         if row["status"] == "ok" and target is not None and row["metrics"]["valid_accuracy"] >= target:
-            done.setdefault((_cell(row["config"]), _trial(row["config"])), set()).add(row["seed"])
-    solved = {cell for (cell, _), reached in done.items() if reached >= seeds.get(cell, set())}
-    return set(seeds) - solved
+            reached = self._reached.setdefault((cell, trial), set())
+            reached.add(seed)
+            if reached >= self._seeds[cell]:
+                self._solved.add(cell)
 
 
-def _cell(config: dict[str, Any]) -> str:
-    """What the runs of a cell have in common, as text."""
-    return repr(sorted((name, value) for name, value in plain(config).items()
-                       if name not in (*_TRIED, "seed")))
-
-
-def _trial(config: dict[str, Any]) -> tuple[float, ...]:
-    """What is tried in a run of the cell."""
-    return tuple(config[name] for name in _TRIED)
+def _place(config: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
+    """What the runs of a cell have in common, as text; what is tried in this one; its seed."""
+    common = repr(sorted((name, value) for name, value in plain(config).items() if name not in (*_TRIED, "seed")))
+    return common, tuple(config[name] for name in _TRIED), config["seed"]
