@@ -28,7 +28,8 @@ class Claims:
     def take(self, key: str) -> bool:
         """Claim the run `key`; False when another sweep has it."""
         while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # another's, removed while mkdir looked what it was
+                self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 file = os.open(self._folder / key, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # the last claim's sweep has just removed the folder
