@@ -154,9 +154,7 @@ def _plan(runs: list, experiment: Experiment, store: ResultStore, retry_failed: 
     from lrm_recall.train.rates import RateTurns
 
     plan = plan_sweep(runs, experiment, store)
-    turns, done = RateTurns(plan.specs), set(plan.stored)
-    for row in store.rows():
-        turns.note(row)
+    turns, done = RateTurns.so_far(plan, store), set(plan.stored)
     needed = [spec for key, spec in plan.specs.items() if key in done or turns(key) is not None]
     return plan_sweep(needed, experiment, store, retry_failed=retry_failed)
 

@@ -80,35 +80,28 @@ def resona_table(rows: Sequence[Row]) -> pd.DataFrame:
                   and (row["config"]["resona"] or {"top_k": _TOP_K})["top_k"] == _TOP_K])  # not what somebody tried
     tables = {number: paper_cost_table(ours, number) for number in (5, 7)}
     lines = []
-    for (model, length), times in tables[5].groupby(["model", "length"], sort=False):
-        memory = tables[7][(tables[7]["model"] == model) & (tables[7]["length"] == length)]
-        alone, resona = ({cell["variant"]: cell for cell in part.to_dict("records")} for part in (times, memory))
-        if {"base", "resona"} <= alone.keys() and pd.notna(alone["resona"]["our_ratio"]):
-            lines.append({
-                "model, 1.3B": model, "tokens": f"{length:,}", "alone, ms": f"{alone['base']['ours']:.0f}",
-                "with Resona, ms": f"{alone['resona']['ours']:.0f}", "ratio": f"{alone['resona']['our_ratio']:.2f}",
-                "paper's ratio": f"{alone['resona']['paper_ratio']:.2f}",
-                "more memory, GiB": f"{resona['resona']['ours'] - resona['base']['ours']:.2f}",
-                "paper's": f"{resona['resona']['paper'] - resona['base']['paper']:.1f}",
-            })  # fmt: skip
+    memory = _pairs(tables[7])
+    for (model, length), (alone, resona) in _pairs(tables[5]).items():
+        less, more = memory[model, length]
+        lines.append({
+            "model, 1.3B": model, "tokens": f"{length:,}", "alone, ms": f"{alone['ours']:.0f}",
+            "with Resona, ms": f"{resona['ours']:.0f}", "ratio": f"{resona['our_ratio']:.2f}",
+            "paper's ratio": f"{resona['paper_ratio']:.2f}",
+            "more memory, GiB": f"{more['ours'] - less['ours']:.2f}", "paper's": f"{more['paper'] - less['paper']:.1f}",
+        })  # fmt: skip
     return pd.DataFrame(lines)
 
 
 def resona_decoding_table(rows: Sequence[Row]) -> pd.DataFrame:
     """128 steps with Resona beside the same model alone, and the paper's Table 6 beside both."""
     ours = frame([row for row in rows if row["experiment"] == "efficiency" and row["config"]["task"] == "decode"])
-    lines = []
-    for (model, length), part in paper_cost_table(ours, 6).groupby(["model", "length"], sort=False):
-        cells = {cell["variant"]: cell for cell in part.to_dict("records")}
-        if {"base", "resona"} <= cells.keys() and pd.notna(cells["resona"]["our_ratio"]):
-            lines.append({
-                "model, 1.3B": model, "tokens before": f"{length:,}", "alone, ms": f"{cells['base']['ours']:.0f}",
-                "with Resona, ms": f"{cells['resona']['ours']:.0f}", "ratio": f"{cells['resona']['our_ratio']:.2f}",
-                "paper, alone, ms": f"{cells['base']['paper']:,.0f}",
-                "paper, with Resona, ms": f"{cells['resona']['paper']:,.0f}",
-                "paper's ratio": f"{cells['resona']['paper_ratio']:.2f}",
-            })  # fmt: skip
-    return pd.DataFrame(lines)
+    return pd.DataFrame([
+        {"model, 1.3B": model, "tokens before": f"{length:,}", "alone, ms": f"{alone['ours']:.0f}",
+         "with Resona, ms": f"{resona['ours']:.0f}", "ratio": f"{resona['our_ratio']:.2f}",
+         "paper, alone, ms": f"{alone['paper']:,.0f}", "paper, with Resona, ms": f"{resona['paper']:,.0f}",
+         "paper's ratio": f"{resona['paper_ratio']:.2f}"}
+        for (model, length), (alone, resona) in _pairs(paper_cost_table(ours, 6)).items()
+    ])  # fmt: skip
 
 
 def throughput_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -255,6 +248,16 @@ def fill(page: str, rows: Sequence[Row]) -> str:
         return f"{place[1]}\n{markdown(TABLES[place[2]](rows))}\n{place[3]}"
 
     return re.sub(r"(<!-- table: ([a-z ]+) -->)\n.*?(<!-- end -->)", draw, page, flags=re.DOTALL)
+
+
+def _pairs(table: pd.DataFrame) -> dict[tuple[str, int], tuple[dict, dict]]:
+    """Cells of a `paper_cost_table`, by model and length: the model alone, and with Resona where both were measured."""
+    found = {}
+    for place, part in table.groupby(["model", "length"], sort=False):
+        cells = {cell["variant"]: cell for cell in part.to_dict("records")}
+        if {"base", "resona"} <= cells.keys() and pd.notna(cells["resona"]["our_ratio"]):
+            found[place] = cells["base"], cells["resona"]
+    return found
 
 
 def _trainers(rows: Sequence[Row], benchmark: str | None, reference: str, sides: Sequence[str]) -> pd.DataFrame:

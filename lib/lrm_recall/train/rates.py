@@ -18,7 +18,7 @@ from typing import Any
 from lrm_recall.execution import dask_client, in_one_process
 from lrm_recall.results import ResultStore, Row
 from lrm_recall.rows import plain
-from lrm_recall.sweep import Experiment, plan_sweep, run_sweep
+from lrm_recall.sweep import Experiment, Plan, plan_sweep, run_sweep
 from lrm_recall.train.synthetic import MQARRun
 
 _TRIED = ("learning_rate", "weight_decay")
@@ -46,12 +46,10 @@ def sweep_rates(
     """
     again = {"retry_failed": retry_failed, "fresh": fresh}
     plan = plan_sweep(runs, experiment, store, **again)
-    turns, missing = RateTurns(plan.specs), set(plan.missing)
-    for row in [*store.failures(), *store.rows()]:
-        if row["key"] not in missing:
-            turns.note(row)
+    turns = RateTurns.so_far(plan, store)
     needed = [key for key in plan.missing if turns(key) is not None]
-    asked = [run for key, run in plan.specs.items() if key not in missing or turns(key) is not None]
+    solved = set(plan.missing) - set(needed)
+    asked = [run for key, run in plan.specs.items() if key not in solved]
     with contextlib.ExitStack() as stack:
         if needed and not isinstance(workers, str) and not in_one_process(workers, device):
             workers = min(workers, turns.most_at_once(needed))
@@ -77,6 +75,15 @@ class RateTurns:
         self._ended: dict[tuple[str, tuple], set[int]] = {}
         self._reached: dict[tuple[str, tuple], set[int]] = {}
         self._solved: set[str] = set()
+
+    @classmethod
+    def so_far(cls, plan: Plan, store: ResultStore) -> RateTurns:
+        """The turns of a plan's runs, those that it does not count as missing done."""
+        turns, missing = cls(plan.specs), set(plan.missing)
+        for row in [*store.failures(), *store.rows()]:
+            if row["key"] not in missing:
+                turns.note(row)
+        return turns
 
     def __call__(self, key: str) -> bool | None:
         """Whether the run may be done now; None if it need not be, as its cell is solved."""

@@ -11,6 +11,7 @@ from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined, mamba_s
 from lrm_kernels.matvec import MOST_ROWS
 from lrm_kernels.row_norm import row_norm
 from lrm_recall.ops.dispatch import Unsupported
+from lrm_recall.ops.linear import plain
 
 _CHUNK = 256  # tokens in a chunk of the SSD kernels: the size that they were tuned for
 _SCAN_STATES = 256  # most state channels of the selective scan
@@ -71,13 +72,15 @@ def selective_scan(
 
 def mamba_inner(x, in_proj, conv, x_proj, dt_proj, out_proj, A, D):
     """A whole Mamba layer in one call that saves little for the backward pass: [B, T, D] to the same."""
-    projected = in_proj.weight @ x.flatten(0, 1).mT  # [2E, B * T], as the scan reads it
-    if in_proj.bias is not None:
-        projected = projected + in_proj.bias.unsqueeze(-1)
+    if plain(in_proj):
+        projected = in_proj.weight @ x.flatten(0, 1).mT  # [2E, B * T], as the scan reads it
+        projected = projected.unflatten(1, x.shape[:2]).transpose(0, 1)  # [B, 2E, T]
+    else:
+        projected = in_proj(x).mT  # [B, 2E, T], which the scan copies
     return mamba_inner_fn(
-        projected.unflatten(1, x.shape[:2]).transpose(0, 1), conv.weight, conv.bias, x_proj.weight, dt_proj.weight,
-        out_proj.weight, out_proj.bias, A, None, None, D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
-    )  # [2E, B, T] -> [B, 2E, T] -> [B, T, D]
+        projected, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, out_proj.weight, out_proj.bias,
+        A, None, None, D.float(), delta_bias=dt_proj.bias.float(), delta_softplus=True,
+    )
 
 
 def rms_norm_of_gated(x, gate, weight, eps, group_size):
