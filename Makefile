@@ -63,6 +63,7 @@ bench-gpu: $(READY)
 	$(BIN)/python bench/gpu_chunk_attention.py $(ARGS)
 	$(BIN)/python bench/gpu_synthetic.py $(ARGS)
 	$(BIN)/python bench/gpu_cold_start.py quick $(ARGS)
+	$(BIN)/python bench/gpu_sanitize.py $(ARGS)
 
 bench-sliders: $(READY)
 	$(BIN)/python bench/sliders.py $(ARGS)
