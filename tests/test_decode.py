@@ -25,15 +25,15 @@ def make(mixer="gla", **changes):
 @pytest.mark.parametrize(
     ("mixer", "captured"),
     [("gla", True), ("mamba2", True), ("mamba", True), ("rwkv5", True), ("h3", True), ("baseconv", True),
-     ("attention", False), ("hyena", False)],
+     ("attention", True), ("hyena", False)],
 )  # fmt: skip
 def test_states_of_constant_size_can_be_captured(mixer, captured):
     assert can_capture(make(mixer)) is captured
 
 
-def test_retrieval_is_captured_beside_a_state_of_constant_size_alone():
-    assert can_capture(make(resona={"layers": [0], "chunk_size": 4}))
-    assert not can_capture(make("attention", resona={"layers": [0], "chunk_size": 4}))
+@pytest.mark.parametrize(("mixer", "captured"), [("gla", True), ("attention", True), ("hyena", False)])
+def test_retrieval_is_captured_where_the_mixer_beside_it_is(mixer, captured):
+    assert can_capture(make(mixer, resona={"layers": [0], "chunk_size": 4})) is captured
 
 
 def test_hooks_are_not_captured():
@@ -101,7 +101,7 @@ RETRIEVAL = {
 NEW = 21
 
 
-@pytest.fixture(params=["gla", "mamba2", "retnet"])
+@pytest.fixture(params=["gla", "mamba2", "retnet", "attention"])
 def mixer(request):
     return request.param
 

@@ -5,9 +5,10 @@ Python takes forty. Where every state is of constant size the whole step can be 
 launch. The graph owns its buffers; the cache that is being decoded refers to them. When another cache is decoded, its
 states are copied in, and the cache that had them gets copies of its own.
 
-What a Resona model keeps does grow: the ids of all tokens, and the embeddings of all chunks. Its buffers have room for
-more than there is, the step counts on the device how far they are filled, and once they are full a step with more room
-is captured.
+What a Resona model keeps does grow: the ids of all tokens, and the embeddings of all chunks. So do attention's keys
+and values. Their buffers have room for more than there is, the step counts on the device how far they are filled, and
+once they are full a step with more room is captured. Keys and values may fill most of a GPU: they move into the buffers
+layer by layer, and from then on the cache refers to the filled part of those.
 
 Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E size of a chunk embedding.
 """
@@ -19,7 +20,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrm_recall.cache import RecurrentCache
 from lrm_recall.ops.linear import project
@@ -87,35 +88,56 @@ class Step:
 
     Args:
         model: one that `can_capture` accepts.
-        cache: one that the model returned for a batch of that size; it is read, not changed.
+        cache: one that the model returned for a batch of that size; its growing states move into the buffers, which it
+            then refers to, and the rest is only read.
     """
 
     def __init__(self, model: RecurrentLM, cache: RecurrentCache) -> None:
         self._fingerprint = fingerprint(model)
-        blocks = enumerate(model.model.layers)
+        blocks = list(enumerate(model.model.layers))
         self._resona = {index: block.mixer for index, block in blocks if isinstance(block.mixer, Resona)}
-        self.capacity = capacity_for(cache.length) if self._resona else sys.maxsize
+        self._growing = {index: growing for index, block in blocks if (growing := growing_states(block.mixer))}
+        grows = self._resona or self._growing
+        self.capacity = capacity_for(cache.length) if grows else sys.maxsize
         device = model.device
-        with torch.inference_mode(False), torch.no_grad():
-            self._states = [{name: self._buffer(index, name, state) for name, state in layer.items()}
-                            for index, layer in enumerate(cache.layers)]  # fmt: skip
-            batch = next(iter(self._states[0].values())).shape[0]
-            self._new_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # [B, 1]
-            self._ids = self._new_ids.new_zeros(batch, self.capacity) if self._resona else None  # [B, C]
-            self._length = torch.zeros((), dtype=torch.int64, device=device)
-            self._offset = torch.zeros(batch, dtype=torch.int64, device=device)  # [B]
-        self._owner: weakref.ref[RecurrentCache] | None = None  # the cache that refers to the buffers,
+        self._owner = weakref.ref(cache)  # the cache that refers to the buffers,
         self._lent: list[dict[str, Tensor]] = []  # by these tensors
         self._lent_ids: Tensor | None = None
         self._lent_length = 0
         self._padding = 0  # most left padding of its rows
+        with torch.inference_mode(False), torch.no_grad():
+            self._states: list[dict[str, Tensor]] = []
+            cache.layers = [dict(layer) for layer in cache.layers]  # its own, should a copy of the cache share them
+            for index, layer in enumerate(cache.layers):
+                self._states.append({name: self._buffer(index, name, state) for name, state in layer.items()})
+                for name in self._growing.get(index, ()):  # the cache's own memory is free for the next layer's buffers
+                    layer[name] = self._filled(index, name, layer[name])
+            batch = next(iter(self._states[0].values())).shape[0]
+            self._new_ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # [B, 1]
+            self._ids = self._new_ids.new_zeros(batch, self.capacity) if self._resona else None  # [B, C]
+            self._length = torch.full((), cache.length if grows else 0, dtype=torch.int64, device=device)
+            self._offset = torch.zeros(batch, dtype=torch.int64, device=device)  # [B]
 
     def _buffer(self, layer: int, name: str, state: Tensor) -> Tensor:
-        """Room for a state: its own size, or for the chunk embeddings [B, N, E] what the capacity allows."""
-        if name != CHUNK_EMBEDDINGS:
+        """Room for a state: its own size, or what the capacity allows for the chunk embeddings [B, N, E] and for what
+        else grows."""
+        shape = list(state.shape)
+        if name == CHUNK_EMBEDDINGS:
+            shape[1] = self.capacity // self._resona[layer].chunk_size + 1  # the last for one that cannot be complete
+        elif name in (dims := self._growing.get(layer, {})):
+            shape[dims[name]] = self.capacity
+        else:
             return state.clone()
-        slots = self.capacity // self._resona[layer].chunk_size + 1  # the last for a chunk that cannot be complete
-        return state.new_zeros(state.shape[0], slots, state.shape[2])
+        return state.new_zeros(shape)
+
+    def _filled(self, layer: int, name: str, state: Tensor) -> Tensor:
+        """The part of a growing state's buffer that holds the state, which is copied there if it does not lie there."""
+        dim = self._growing[layer][name]
+        filled = self._states[layer][name].narrow(dim, 0, state.shape[dim])
+        if filled.data_ptr() != state.data_ptr() or filled.stride() != state.stride():
+            inside = filled.untyped_storage().data_ptr() == state.untyped_storage().data_ptr()  # another part of it
+            filled.copy_(state.clone() if inside else state)
+        return filled
 
     def _run(self, model: RecurrentLM) -> Tensor:
         """Run the model on the buffers and leave the new states in them."""
@@ -154,26 +176,29 @@ class Step:
 
     def _take(self, model: RecurrentLM, cache: RecurrentCache) -> None:
         """Bring the states of a cache into the buffers, after those of their owner were given back to it."""
-        owner = self._owner() if self._owner is not None else None
+        owner = self._owner()
         if owner is not None and owner is not cache:
             owner.layers = [{name: state.clone() for name, state in layer.items()} for layer in owner.layers]
             owner.ids = None if owner.ids is None else owner.ids.clone()
         memory = TokenMemory(cache.ids, model.model.embeddings, cache.offset) if self._resona else None
+        self._owner, self._lent_length = weakref.ref(cache), 0  # the owner, should only some layers be brought in
+        cache.layers = [dict(layer) for layer in cache.layers]
         for index, (mine, theirs) in enumerate(zip(self._states, cache.layers, strict=True)):
             for name, state in mine.items():
                 if name == CHUNK_EMBEDDINGS:  # a cache has those alone that are complete in every row
                     complete = self._resona[index].chunk_embeddings(memory, theirs)  # [B, chunks, E]
                     state[:, : complete.shape[1]].copy_(complete)
+                    theirs[name] = state[:, : theirs[name].shape[1]]
+                elif name in self._growing.get(index, ()):
+                    theirs[name] = self._filled(index, name, theirs[name])  # and its own memory is free
                 else:
-                    state.copy_(theirs[name])
+                    theirs[name] = state.copy_(theirs[name])
         if self._ids is not None:
             self._ids[:, : cache.length].copy_(cache.ids)
             self._padding = 0 if cache.offset is None else int(cache.offset.max())
         self._length.fill_(cache.length)
         self._offset.zero_() if cache.offset is None else self._offset.copy_(cache.offset)
-        self._lent = [dict(layer) for layer in self._states]
-        cache.layers = [dict(layer) for layer in self._states]
-        self._owner = weakref.ref(cache)
+        self._lent = [dict(layer) for layer in cache.layers]
 
     def _lend(self, cache: RecurrentCache) -> None:
         """Let the cache refer to what is filled of the buffers."""
@@ -182,13 +207,17 @@ class Step:
             if self._lent[index][CHUNK_EMBEDDINGS].shape[1] != complete:
                 filled = self._states[index][CHUNK_EMBEDDINGS][:, :complete]  # [B, N, E] -> [B, complete, E]
                 self._lent[index][CHUNK_EMBEDDINGS] = cache.layers[index][CHUNK_EMBEDDINGS] = filled
+        for index, growing in self._growing.items():
+            for name, dim in growing.items():
+                filled = self._states[index][name].narrow(dim, 0, cache.length)
+                self._lent[index][name] = cache.layers[index][name] = filled
         if self._ids is not None:
             self._lent_ids = cache.ids = self._ids[:, : cache.length]  # [B, C] -> [B, length]
         self._lent_length = cache.length
 
     def _intact(self, cache: RecurrentCache) -> bool:
         """Whether the cache is as the last step left it: a beam search puts other tensors in their places."""
-        owner = self._owner() if self._owner is not None else None
+        owner = self._owner()
         if owner is not cache or cache.length != self._lent_length or cache.ids is not self._lent_ids:
             return False
         return all(
@@ -219,17 +248,26 @@ class DecodingGraph(Step):
         return self._logits
 
 def capacity_for(length: int) -> int:
-    """Tokens that the buffers of a Resona model get room for once it has seen `length`: about an eighth more."""
+    """Tokens that buffers of what grows get room for once a model has seen `length`: about an eighth more."""
     step = max(2 * _LEAST_ROOM, 1 << max(length.bit_length() - 4, 0))
     return ((length + step // 2) // step + 1) * step  # room for half a step at least
 
 
+def growing_states(mixer: nn.Module) -> dict[str, int]:
+    """What a mixer's state gains with each token and can have buffers for, each by the dimension of its tokens."""
+    return getattr(mixer.mixer if isinstance(mixer, Resona) else mixer, "growing_states", {})
+
+
 def can_capture(model: RecurrentLM) -> bool:
-    """Whether a step of the model can be captured: no state that grows, Resona's aside, no hook that wants to look."""
-    try:
-        model.state_size()
-    except ValueError:  # grows with the sequence
-        return False
+    """Whether a step of the model can be captured: no state that grows, but what there are buffers with room for; no
+    hook that wants to look."""
+    for block in model.model.layers:
+        if growing_states(block.mixer):
+            continue
+        try:
+            block.mixer.state_size()
+        except ValueError:  # grows with the sequence
+            return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

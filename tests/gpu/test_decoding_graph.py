@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lrm_recall import RecurrentLM, RecurrentLMConfig
+from lrm_recall import RecurrentLM, RecurrentLMConfig, decode
 
 ARGS = {
     "gla": {"num_heads": 2},
@@ -17,6 +17,7 @@ ARGS = {
     "mamba": {},
     "mamba2": {"head_dim": 32, "state_size": 32},
     "h3": {},
+    "attention": {"num_heads": 2},
 }
 VOCAB, NEW = 128, 24
 
@@ -120,11 +121,57 @@ def test_returned_logits_are_the_callers_own():
     assert torch.equal(first, kept)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "hyena"])
-def test_a_growing_state_is_decoded_without_a_graph(mixer):
-    model = make(mixer)
+def test_a_growing_state_without_buffers_is_decoded_without_a_graph():
+    model = make("hyena")
     generated(model, ids(1, 20), graph=True)
     assert model._decoder._graph is None
+
+
+ATTENTION = {
+    "grouped": {"num_heads": 4, "num_kv_heads": 2},
+    "one key": {"num_heads": 4, "num_kv_heads": 1, "bias": True},
+    "no positions": {"num_heads": 2, "rotary": False},
+    "window": {"num_heads": 2, "window": 16},
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_kinds_of_attention(kind, monkeypatch):
+    monkeypatch.setitem(ARGS, "attention", ATTENTION[kind])
+    model, prompt, mask = make("attention"), ids(3, 20), torch.ones(3, 20, dtype=torch.int64, device="cuda")
+    mask[0, :7], mask[2, :19] = 0, 0
+    expected = generated(model, prompt, graph=False, mask=mask)
+    assert torch.equal(generated(model, prompt, graph=True, mask=mask), expected)
+    assert model._decoder._graph is not None
+
+
+@pytest.mark.parametrize("resona", [None, {"layers": [0], "chunk_size": 4}])
+def test_buffers_of_keys_and_values_that_are_full(resona, monkeypatch):
+    monkeypatch.setattr(decode, "_LEAST_ROOM", 4)  # buffers of 8, 16, ... tokens
+    model, prompt, captured = make("attention", resona=resona), ids(2, 20), []
+    capture = decode.Decoder._capture
+    monkeypatch.setattr(decode.Decoder, "_capture", lambda *args: captured.append(1) or capture(*args))
+    expected = generated(model, prompt, graph=False)
+    assert torch.equal(generated(model, prompt, graph=True), expected)
+    assert 2 < len(captured) < 6
+
+
+@torch.no_grad()
+def test_keys_and_values_move_into_the_buffers_layer_by_layer():
+    torch.manual_seed(0)
+    config = RecurrentLMConfig(vocab_size=VOCAB, hidden_size=512, num_hidden_layers=12, mixer="attention", mlp="none")
+    model = RecurrentLM(config).cuda().bfloat16().eval()
+    prompt = ids(1, 65_536)
+    for _ in range(2):  # kernels are compiled in the first
+        model._decoder = decode.Decoder()
+        cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+        held = cache.nbytes()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(prompt[:, :1], past_key_values=cache)
+        more = torch.cuda.max_memory_allocated() - before
+    assert model._decoder._graph is not None
+    assert more < 0.45 * held  # room for an eighth more, and a layer twice: not all of it
 
 
 def test_a_hook_sees_every_token():

@@ -81,7 +81,8 @@ def measure(run: EfficiencyRun, device: str | torch.device = "cpu") -> dict[str,
         metrics: ms (median of the repeats), ms_least, ms_most; tokens_per_s (of the prompt, of the new tokens, of the
             training sequence); peak_mb (weights included; on a CPU the whole process, see `train.memory`); parameters;
             state_size (elements that one sequence of the length carries). Decoding on a GPU also has floor_ms: every
-            weight and the state read once for each token, at the bandwidth of a large copy.
+            weight and the state read once for each token, at the bandwidth of a large copy; of attention the keys and
+            values of all tokens so far.
             Of a cold start: seconds of the first forward and backward in a fresh process, see `cold_start`.
         peak_memory_mb: as peak_mb.
     """
@@ -104,7 +105,7 @@ def measure(run: EfficiencyRun, device: str | torch.device = "cpu") -> dict[str,
         "state_size": model.state_size(run.length),
     }  # fmt: skip
     if run.task == "decode" and device.type == "cuda":
-        read = sum(p.numel() * p.element_size() for p in model.parameters()) + 4 * metrics["state_size"]
+        read = sum(p.numel() * p.element_size() for p in model.parameters()) + _state_bytes(run, model)
         metrics["floor_ms"] = 1e3 * run.new_tokens * read / copy_bandwidth(device)
     return {"metrics": metrics, "peak_memory_mb": metrics["peak_mb"]}
 
@@ -117,6 +118,13 @@ def code_modules(run: EfficiencyRun) -> list[str]:
     if not run.device_name.startswith(CPU):
         modules += [f"lrm_recall.ops.libraries.{name}" for name in ("own", "fla", "mamba_ssm", "causal_conv1d")]
     return modules
+
+
+def _state_bytes(run: EfficiencyRun, model: RecurrentLM) -> int:
+    """Bytes of state that a new token reads, in the mean: recurrences keep theirs in float32, attention its keys and
+    values as the model is, and of a growing number of tokens."""
+    element_size = _DTYPES[run.dtype].itemsize if run.mixer == "attention" else 4
+    return element_size * model.state_size(run.length + run.new_tokens // 2)
 
 
 def _model(run: EfficiencyRun, device: torch.device) -> RecurrentLM:

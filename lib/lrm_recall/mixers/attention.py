@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lrm_recall.context import Context
 from lrm_recall.mixers.base import Mixer
+from lrm_recall.ops.attention_step import attention_step
+from lrm_recall.ops.linear import project
 from lrm_recall.ops.rotary import cos_sin, rotate
 
 _LEAST_PIECE = 128  # tokens that a narrow window is worked on at a time
@@ -73,11 +75,29 @@ class Attention(Mixer):
 
     def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
         """x [B, T, D] to [B, T, D]. The cache holds `keys` (rotated) and `values` [B, G, P, K]; see `attend`."""
+        if self.growing_states and context is not None and isinstance(context.past_length, Tensor):
+            return self._step(x, context)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, T, H or G, K]
         o = attend(q, k, v, context or Context(), window=self.window, rope_theta=self.rope_theta)  # [B, T, H, K]
         return self.o_proj(o.flatten(-2))
+
+    def _step(self, x: Tensor, context: Context) -> Tensor:
+        """As `forward`, for one token x [B, 1, D] and a cache whose keys and values have room for it."""
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)  # [B, 1, H K or G K] each
+        q, k, v = (y.squeeze(1).unflatten(-1, (-1, self.head_dim)) for y in projected)  # [B, H or G, K]
+        keys, values = context.cache["keys"], context.cache["values"]  # [B, G, C, K]
+        o = attention_step(
+            q, k, v, keys, values, context.past_length, context.offset, rope_theta=self.rope_theta
+        )  # [B, H, K]
+        return project(o.flatten(1).unsqueeze(1), self.o_proj)[0]
+
+    @property
+    def growing_states(self) -> dict[str, int]:
+        """What of the cache grows by a token each step, and along which dimension: a step can run on buffers with
+        room for more (`lrm_recall.decode`)."""
+        return {"keys": 2, "values": 2} if self.window is None else {}
 
     def state_size(self, sequence_length: int | None = None) -> int:
         """Keys and values: of every token, or of the W - 1 tokens of a window, whatever the length."""

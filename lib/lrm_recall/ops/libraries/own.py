@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -37,6 +39,23 @@ def chunk_attention(queries, keys, values, indices, weights):
     _check_most("channels a head", queries.shape[-1], _HEAD_DIM)
     _check_most("tokens a chunk", keys.shape[2], _CHUNK_SIZE)
     return kernel(queries, keys, values, indices, weights)
+
+
+def attention_step(q, k, v, keys, values, length, offset, *, rope_theta=None):
+    from lrm_kernels.attention_step import attention_step as kernel
+    from lrm_kernels.attention_step import fits
+
+    _check_dtypes(q, k, v, keys, values)
+    if reason := fits(head_dim=q.shape[-1], queries=q.shape[1] // keys.shape[1]):
+        raise Unsupported(f"it takes {reason}")
+    frequencies = None if rope_theta is None else _frequencies(q.shape[-1], rope_theta, q.device)
+    return kernel(q, k, v, keys, values, length, offset, frequencies)
+
+
+@functools.cache  # for good: a CUDA graph reads it
+def _frequencies(head_dim, theta, device):
+    """Radians a position that each pair of channels is rotated by, [head_dim / 2] fp32."""
+    return theta ** -(torch.arange(0, head_dim, 2, device=device) / head_dim)  # to the bit as in ops.rotary
 
 
 def rwkv4(w, u, k, v, *, initial_state=None, chunk_size=64, output_final_state=True):
