@@ -22,7 +22,8 @@
 #
 # **Regenerates** Figure 5 of *Resona*, and those cells of its Tables 11 and 1 that this profile trains: multi-query
 # associative recall (MQAR) first, then the six tasks of Mechanistic Architecture Design (MAD). Without the notebook
-# the same runs are trained by `lrm-recall sweep synthetic --profile NAME`.
+# the same runs are trained by `lrm-recall sweep synthetic --profile NAME`. Beyond the paper: a tiny model that is
+# trained here and whose α, chunk size and top-k can be turned while you read ("Turn the knobs of a trained model").
 
 # %% tags=["parameters"]
 profile: str = "smoke"  # name of this scale; the command line sets it
@@ -73,12 +74,14 @@ mad_weight_decays: list[float] = [0.0]  # MAD: tried with each learning rate
 mad_seeds: list[int] = [12345]  # MAD: repetitions; mad-lab's own is 12345
 mad_max_epochs: int = 8  # MAD: passes over the training examples at most (mad-lab's: 200)
 mad_num_test: int = 256  # MAD: examples in the validation set, and as many in the test set (mad-lab's: 1280)
+explorer_epochs: int = 3  # training of the tiny model whose knobs are turned, always on a CPU; 0 leaves it out
+explorer_num_train: int = 8000  # its training examples
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
 import time
 
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from lrm_recall import provenance
 from lrm_recall.figures.display import save, show
@@ -87,16 +90,19 @@ from lrm_recall.figures.mqar_ablation import ablation_markdown, ablation_table, 
 from lrm_recall.figures.mqar_claim import claim_in_words, mqar_claim
 from lrm_recall.figures.mqar_curves import mqar_curves
 from lrm_recall.figures.mqar_embedding import embedding_table
+from lrm_recall.figures.mqar_explorer import knobs_in_words, turned_knobs
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown
 from lrm_recall.figures.synthetic_costs import synthetic_costs
 from lrm_recall.figures.tables import markdown, write_table
+from lrm_recall.figures.widgets import explore
 from lrm_recall.promises import promise
 from lrm_recall.results import ResultStore, load_profiles, profile_path
 from lrm_recall.sweep import plan_sweep
 from lrm_recall.tasks.mad import MADTask, mad_data
 from lrm_recall.tasks.mqar import mqar
+from lrm_recall.teach.mqar_explorer import tiny_run, train_tiny, turn_knobs
 from lrm_recall.train.device import usable_device
 from lrm_recall.train.rates import sweep_rates
 from lrm_recall.train.synthetic_runs import (
@@ -306,6 +312,42 @@ if INTERACTIVE:
     from ipywidgets import interact
 
     interact(lambda d_model: show(mqar_curves(rows, profile, resona, d_model)), d_model=d_models)
+
+# %% [markdown]
+# ## Turn the knobs of a trained model
+#
+# A tiny model, one Mamba2 layer with Resona around it, is trained here on sequences of eight pairs, in seconds and on
+# the CPU. Then α, the chunk size and top-k are changed **on the trained weights**. Most chunk sizes and top-k are far
+# from what the model was trained with: the figure shows what these weights do then, not what a model trained at that
+# setting would do (for that, see the ablation and the control above). Chunks are embedded by their mean, the one
+# encoder whose weights fit every chunk size.
+#
+# *Before you look: what is left at α = 1? And which is worse, a chunk of one token or one of four?*
+
+# %%
+if explorer_epochs:
+    tiny = tiny_run(explorer_epochs, explorer_num_train, seeds[0])
+    alone = tiny_run(explorer_epochs, explorer_num_train, seeds[0], retrieves=False)
+    explored = turn_knobs(train_tiny(tiny), train_tiny(alone), tiny)
+    display(Markdown(knobs_in_words(explored)))
+
+# %% [markdown]
+# At α = 1 the layer is the mixer alone, and a mixer whose retrieval solved the task had little reason to learn it. A
+# chunk of one token holds the key and not the value. Chunks of three cut pairs in two. Longer ones hold several
+# values, and the cross-attention knows no places, so it cannot tell which of them stood behind the key: reading can
+# fail where the search succeeds. More chunks (top-k) share what the gate gives out, the best one first.
+
+# %%
+if explorer_epochs:
+    for name, knobs in {"trained": (0.5, 2, 1), "alpha_1": (1.0, 2, 1), "chunks_of_4": (0.5, 4, 2)}.items():
+        turned = turned_knobs(explored, *knobs)
+        files += save(turned, output_dir, f"mqar_explorer_{name}")
+        show(turned)
+
+# %%
+if INTERACTIVE and explorer_epochs:
+    explore(lambda alpha=0.5, chunk_size=2, top_k=1: turned_knobs(explored, alpha, chunk_size, top_k),
+            alpha=(0.0, 1.0, 0.1), chunk_size=[1, 2, 3, 4, 6, 8], top_k=[1, 2, 3, 4])
 
 # %% [markdown]
 # ## Limits
