@@ -30,6 +30,7 @@ results_dir: str = "../outputs/results"  # where rows are stored; the command li
 output_dir: str = "../outputs/smoke"  # where figures and tables go; the command line sets it
 fresh: bool = False  # measure again what is stored already; the command line sets it
 device: str = "cpu"  # where to measure: cpu, or cuda
+measured_on: str = ""  # draw the rows of this device, such as NVIDIA H100 80GB HBM3, and measure nothing
 retry_failed: bool = False  # try again the measurements that failed before
 mixers: list[str] = ["attention", "mamba", "deltanet", "gla"]  # of Tables 5 to 7; attention is measured alone
 state_mixers: list[str] = ["gla", "mamba2"]  # of the part on StateX: gla, mamba2 or both
@@ -58,6 +59,7 @@ encoder_dim: int = 32  # Resona: size of a chunk's embedding
 num_heads: int = 2  # Resona: heads of its cross-attention
 
 # %%
+import time
 from functools import partial
 
 from IPython.display import Markdown
@@ -106,7 +108,8 @@ def chosen(names):
 
 resona = {"chunk_size": chunk_size, "top_k": top_k, "encoder": encoder, "encoder_dim": encoder_dim,
           "num_heads": num_heads}
-shape = {"device_name": this_device(usable_device(device)), "vocab_size": vocab_size, "dtype": dtype,
+device_name = measured_on or this_device(usable_device(device))
+shape = {"device_name": device_name, "vocab_size": vocab_size, "dtype": dtype,
          "new_tokens": new_tokens, "repeats": repeats}
 main_shape = shape | {"hidden_size": hidden_size}
 main = retrieval_runs({"prefill": prefill_lengths, "decode": decode_lengths}, models=chosen(mixers), resona=resona,
@@ -120,17 +123,20 @@ cold = [EfficiencyRun(task="cold start", mixer=mixer, length=cold_start_length, 
 
 # %% [markdown]
 # A row is stored as soon as it is measured, and measured once for each kind of machine; `--fresh` measures again. Times
-# of other machines are never mixed in: the device is part of what a row is asked for.
+# of other machines are never mixed in: the device is part of what a row is asked for. With `measured_on` the rows of
+# that device are drawn as far as they are stored, on any machine.
 
 # %%
-experiment = Experiment("efficiency", partial(measure, device=usable_device(device)), modules=code_modules,
+experiment = Experiment("efficiency", partial(measure, device=device), modules=code_modules,
                         data={"source": "random", "revision": ""})
 store = ResultStore(profile_path(results_dir, "efficiency", profile))
 runs = [*main, *states, *training, *cold]
-print(str(plan_sweep(runs, experiment, store, fresh=fresh)).partition("\n")[0], "on", shape["device_name"])
+print(str(plan_sweep(runs, experiment, store, fresh=fresh)).partition("\n")[0], "on", device_name)
 
 # %%
 options = {"profile": profile, "retry_failed": retry_failed, "fresh": fresh}
+if measured_on:
+    options |= {"fresh": False, "deadline": time.monotonic()}  # no run is started after it
 parts = [run_sweep(part, experiment, store, **options) for part in (main, states, training, cold)]
 main_rows, state_rows, training_rows, cold_rows = map(frame, parts)
 
@@ -170,9 +176,12 @@ files += write_table(state_table, output_dir, "efficiency_statex")
 Markdown(markdown(state_table))
 
 # %%
-state_figure = speed_and_state(state_rows)
-files += save(state_figure, output_dir, "efficiency_statex")
-show(state_figure)
+if state_rows.empty:
+    print("no row of this part is stored")
+else:
+    state_figure = speed_and_state(state_rows)
+    files += save(state_figure, output_dir, "efficiency_statex")
+    show(state_figure)
 
 # %% [markdown]
 # ## What training with Resona costs
@@ -203,8 +212,10 @@ Markdown(markdown(cold_table))
 # %%
 tried = retrieval_runs({"prefill": prefill_lengths[-1:]}, models=chosen(mixers[-1:]), shape=main_shape,
                        resona=resona | {"top_k": 2 * top_k})
-for run, row in zip(tried, run_sweep(tried, experiment, store, profile=profile, progress=False), strict=True):
-    print(f"{run.variant:7} top_k {run.resona['top_k'] if run.resona else '-':>2}  {row['metrics']['ms']:8.1f} ms")
+for row in run_sweep(tried, experiment, store, progress=False, **options):
+    retrieval = row["config"]["resona"]
+    print(f"{'resona' if retrieval else 'base':7} top_k {retrieval['top_k'] if retrieval else '-':>2}"
+          f"  {row['metrics']['ms']:8.1f} ms")
 
 # %% [markdown]
 # ## Limits
