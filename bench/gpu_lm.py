@@ -105,7 +105,7 @@ def bench(profile: str, sizes: list[str], lengths: list[int], repeats: int) -> N
                     experiment="bench_gpu_lm",
                     config={"model": f"gla {size}", "length": length, "batch": len(ids), "side": side,
                             "dtype": "bfloat16", "autotune": autotune.mode(), "parameters": parameters,
-                            "resona": models[side].config.resona},
+                            "resona": getattr(models[side].config, "resona", None)},
                     seed=0, data={"source": "random", "revision": ""}, code=code, profile=profile, machine=here,
                     metrics=metrics, runtime_s=metrics["ms"] / 1e3 * repeats, peak_memory_mb=metrics["peak_mb"],
                 ))  # fmt: skip

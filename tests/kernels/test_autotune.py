@@ -42,7 +42,9 @@ print(json.dumps(result))
 
 def run(tmp_path, mode, *arguments):
     environment = {**os.environ, autotune.VARIABLE: mode}
-    result = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), *arguments], capture_output=True, text=True,
+    script = tmp_path / "script.py"  # Triton compiles functions of files alone
+    script.write_text(SCRIPT)
+    result = subprocess.run([sys.executable, str(script), str(tmp_path), *arguments], capture_output=True, text=True,
                             env=environment, check=False)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
