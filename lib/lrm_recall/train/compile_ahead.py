@@ -8,6 +8,7 @@ one step in one of many processes. Triton keeps on disk what they compile, and t
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,7 @@ from dataclasses import replace
 from multiprocessing.queues import Queue
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from lrm_recall.execution import execute
@@ -45,7 +47,7 @@ def compile_ahead(
     Args:
         runs: what will be trained afterwards.
         do: does one of them, such as `functools.partial(run_mqar, device="cuda")`; importable by another process.
-        processes: how many at a time; each takes some 2 GB of a GPU, and one core.
+        processes: how many at a time; each takes one core, and of a GPU what a run takes.
         gpus: names for CUDA_VISIBLE_DEVICES.
         show: print a bar.
 
@@ -80,7 +82,10 @@ def _shortened(run: Run) -> Run:
 
 
 def _error_of(do: Callable[[Run], Any], run: Run) -> str | None:
-    return execute(do, run).error
+    error = execute(do, run).error
+    gc.collect()
+    torch.cuda.empty_cache()  # others share the GPU: what is kept for the largest kind so far would soon fill it
+    return error
 
 
 def _take_gpu(names: Queue) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from lrm_recall.options import check_names
 from lrm_recall.train.axes import check_axes, every_option, resona_layers
 from lrm_recall.train.synthetic import MQARRun
+from lrm_recall.train.trials import at, check_trials
 
 # zoology's sweep for its Figure 2, np.logspace(-4, -2, 4), to three digits
 LEARNING_RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
@@ -64,22 +65,23 @@ def mqar_runs(
     num_layers = settings.get("num_layers", MQARRun.num_layers)
     if not isinstance(num_layers, int):
         raise ValueError(f"num_layers must be an integer, got {num_layers!r}")
+    trials = [{"learning_rate": rate, "seed": seed} for rate, seed in product(learning_rates, seeds)]
     runs = []
-    for mixer, (length, pairs), d_model, variant, rate, seed in product(
-        mixers, lengths.items(), d_models, variants, learning_rates, seeds
-    ):
+    for mixer, (length, pairs), d_model, variant in product(mixers, lengths.items(), d_models, variants):
         layers = resona_layers(variant)
-        runs.append(MQARRun(
+        cell = MQARRun(
             mixer=mixer,
             d_model=d_model,
             input_length=length,
             num_kv_pairs=pairs,
             resona=None if layers is None else {"layers": layers, **retrieval},
-            learning_rate=rate,
-            seed=seed,
+            **trials[0],
             **_mixer_fields(mixer, dict(options.get(mixer, {})), length, d_model, num_layers),
             **settings,
-        ))
+        )
+        if not runs:
+            check_trials(cell, trials)
+        runs += [at(cell, trial) for trial in trials]
     return runs
 
 

@@ -10,6 +10,7 @@ from lrm_recall.options import check_names
 from lrm_recall.tasks.mad import LEARNING_RATES, WEIGHT_DECAYS, MADTask
 from lrm_recall.train.axes import check_axes, every_option, resona_layers
 from lrm_recall.train.mad import MADRun
+from lrm_recall.train.trials import at, check_trials
 
 PAPER_RESONA = {"chunk_size": 6, "top_k": 1}  # appendix A.3, for MAD
 
@@ -63,21 +64,22 @@ def mad_runs(
     check_names("mixer_args", options, mixers)
     swept = {"mixer", "task", "resona", "learning_rate", "weight_decay", "seed", "mixer_args"}
     check_names("settings", settings, MADRun.__dataclass_fields__.keys() - swept)
+    trials = [{"learning_rate": rate, "weight_decay": decay, "seed": seed}
+              for rate, decay, seed in product(learning_rates, weight_decays, seeds)]  # fmt: skip
     runs = []
-    for mixer, task, variant, rate, decay, seed in product(
-        mixers, tasks, variants, learning_rates, weight_decays, seeds
-    ):
+    for mixer, task, variant in product(mixers, tasks, variants):
         layers = resona_layers(variant)
-        runs.append(MADRun(
+        cell = MADRun(
             mixer=mixer,
             mixer_args={**MIXER_ARGS.get(mixer, {}), **_length(mixer, task), **options.get(mixer, {})},
             task=task,
             resona=None if layers is None else {"layers": layers, **retrieval},
-            learning_rate=rate,
-            weight_decay=decay,
-            seed=seed,
+            **trials[0],
             **settings,
-        ))
+        )
+        if not runs:
+            check_trials(cell, trials)
+        runs += [at(cell, trial) for trial in trials]
     return runs
 
 
