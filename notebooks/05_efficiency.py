@@ -59,7 +59,6 @@ encoder_dim: int = 32  # Resona: size of a chunk's embedding
 num_heads: int = 2  # Resona: heads of its cross-attention
 
 # %%
-import time
 from functools import partial
 
 from IPython.display import Markdown
@@ -67,6 +66,7 @@ from IPython.display import Markdown
 from lrm_recall import provenance
 from lrm_recall.efficiency.grid import retrieval_runs, state_runs, this_device
 from lrm_recall.efficiency.run import EfficiencyRun, code_modules, measure
+from lrm_recall.efficiency.stored import stored_rows
 from lrm_recall.figures.display import save, show
 from lrm_recall.figures.efficiency_figures import costs, resona_overhead, speed_and_state
 from lrm_recall.figures.efficiency_tables import (
@@ -124,7 +124,7 @@ cold = [EfficiencyRun(task="cold start", mixer=mixer, length=cold_start_length, 
 # %% [markdown]
 # A row is stored as soon as it is measured, and measured once for each kind of machine; `--fresh` measures again. Times
 # of other machines are never mixed in: the device is part of what a row is asked for. With `measured_on` the rows of
-# that device are drawn as far as they are stored, on any machine.
+# that device are drawn on any machine, as far as they are stored, older versions of the code included.
 
 # %%
 experiment = Experiment("efficiency", partial(measure, device=device), modules=code_modules,
@@ -134,10 +134,14 @@ runs = [*main, *states, *training, *cold]
 print(str(plan_sweep(runs, experiment, store, fresh=fresh)).partition("\n")[0], "on", device_name)
 
 # %%
-options = {"profile": profile, "retry_failed": retry_failed, "fresh": fresh}
-if measured_on:
-    options |= {"fresh": False, "deadline": time.monotonic()}  # no run is started after it
-parts = [run_sweep(part, experiment, store, **options) for part in (main, states, training, cold)]
+def rows_of(runs):
+    """Measured here, or as they are stored."""
+    if measured_on:
+        return stored_rows(runs, store)
+    return run_sweep(runs, experiment, store, profile=profile, retry_failed=retry_failed, fresh=fresh)
+
+
+parts = [rows_of(part) for part in (main, states, training, cold)]
 main_rows, state_rows, training_rows, cold_rows = map(frame, parts)
 
 # %% [markdown]
@@ -212,7 +216,7 @@ Markdown(markdown(cold_table))
 # %%
 tried = retrieval_runs({"prefill": prefill_lengths[-1:]}, models=chosen(mixers[-1:]), shape=main_shape,
                        resona=resona | {"top_k": 2 * top_k})
-for row in run_sweep(tried, experiment, store, progress=False, **options):
+for row in rows_of(tried):
     retrieval = row["config"]["resona"]
     print(f"{'resona' if retrieval else 'base':7} top_k {retrieval['top_k'] if retrieval else '-':>2}"
           f"  {row['metrics']['ms']:8.1f} ms")

@@ -9,8 +9,10 @@ import torch
 from lrm_recall.efficiency import run as efficiency
 from lrm_recall.efficiency.grid import retrieval_runs, shallowest_middle_deepest, state_runs, this_device
 from lrm_recall.efficiency.run import EfficiencyRun, code_modules, measure
+from lrm_recall.efficiency.stored import stored_rows
 from lrm_recall.efficiency.timing import decode, timed
 from lrm_recall.model import RecurrentLM
+from lrm_recall.results import ResultStore, make_row
 
 SHAPE = {"device_name": "CPU: test", "hidden_size": 16, "vocab_size": 32, "dtype": "float32", "repeats": 2,
          "new_tokens": 3}  # fmt: skip
@@ -113,3 +115,14 @@ def test_the_device_is_part_of_a_run_and_kernels_of_its_code():
     assert this_device("cpu").startswith("CPU: ")
     assert not any("libraries" in name for name in code_modules(a_run()))
     assert "lrm_recall.ops.libraries.fla" in code_modules(a_run(device_name="NVIDIA H100 80GB HBM3"))
+
+
+def test_rows_of_another_device_are_those_stored_last_whatever_the_code(tmp_path):
+    here, there = a_run(), a_run(device_name="NVIDIA H100 80GB HBM3")
+    store = ResultStore(tmp_path / "efficiency.h100.jsonl")
+    for run, code, ms, day in [(there, "new", 2.0, 3), (there, "old", 1.0, 2), (here, "new", 9.0, 4)]:
+        row = make_row(experiment="efficiency", config=asdict(run), seed=run.seed, code=code, profile="h100",
+                       machine={}, data={"source": "random", "revision": ""}, metrics={"ms": ms})  # fmt: skip
+        store.append(row | {"created": f"2026-11-0{day}T00:00:00.000+00:00"})
+    never = replace(there, length=there.length + 1)
+    assert [row["metrics"]["ms"] for row in stored_rows([never, there], store)] == [2.0]

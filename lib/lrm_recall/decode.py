@@ -15,6 +15,7 @@ Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from typing import TYPE_CHECKING
@@ -233,19 +234,26 @@ class DecodingGraph(Step):
     def __init__(self, model: RecurrentLM, cache: RecurrentCache) -> None:
         super().__init__(model, cache)
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
-            stream = torch.cuda.Stream()
+            stream = _capturing_stream(model.device)
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UP):
                     self._run(model)
             torch.cuda.current_stream().wait_stream(stream)
             self._replayed = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._replayed):
+            with torch.cuda.graph(self._replayed, stream=stream):
                 self._logits = self._run(model)  # [B, 1, V]
 
     def _advance(self, model: RecurrentLM) -> Tensor:
         self._replayed.replay()
         return self._logits
+
+
+@functools.cache
+def _capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for every capture: cuBLAS keeps a workspace, 32 MB on an H100, for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
 
 def capacity_for(length: int) -> int:
     """Tokens that buffers of what grows get room for once a model has seen `length`: about an eighth more."""

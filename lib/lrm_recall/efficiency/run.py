@@ -135,6 +135,7 @@ def _model(run: EfficiencyRun, device: torch.device) -> RecurrentLM:
         _built.clear()  # before another is made, for its memory
         gc.collect()
         if device.type == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()  # up to 1 GB, which would count as the next model's
             torch.cuda.empty_cache()
         _built[asked] = _build(run, device)
     return _built[asked]
