@@ -342,6 +342,14 @@ def test_the_estimate_starts_from_hints_and_learns_from_runs():
         assert bar.seconds_left() == pytest.approx(20, abs=1)
 
 
+def test_the_pace_counts_where_quick_runs_promise_too_much(monkeypatch):
+    with SweepProgress("x", [], dict.fromkeys(map(str, range(100)), 100.0), workers=10, show=False) as bar:
+        for key in range(40):  # each took 5 s, so 100 of them take 50 s, ten at a time
+            bar.finished(str(key), 5.0, failed=False)
+        monkeypatch.setattr("lrm_recall.progress.time.monotonic", lambda: bar._start + 80)  # and yet 80 s have gone
+        assert bar.seconds_left() == pytest.approx(80 * 55 / 45, rel=1e-6)  # 40 done, ten half done
+
+
 def test_durations_are_for_people():
     assert [duration(s) for s in (4.4, 99, 100, 5_940, 6_000, 7_500)] == [
         "4 s", "99 s", "2 min", "99 min", "1 h 40 min", "2 h 05 min"

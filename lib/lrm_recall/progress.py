@@ -2,7 +2,9 @@
 
 The estimate is (expected work of all runs) / (runs at a time) - (time gone). Expected work comes from the
 cost hints, in seconds on whatever machine they were written for, scaled by how long the finished runs really
-took; without hints every run counts the same, and there is no estimate until one has finished.
+took; without hints every run counts the same, and there is no estimate until one has finished. Those that finish first
+are the quick ones, which stop early, and runs may wait for each other: where the pace so far promises less than that,
+the pace counts.
 """
 
 from __future__ import annotations
@@ -79,7 +81,17 @@ class SweepProgress:
         """Estimated time until the last run ends; None while nothing is known."""
         if self._speed is None:
             return None
-        return max(0.0, self._total_cost * self._speed / self._workers - (time.monotonic() - self._start))
+        gone = time.monotonic() - self._start
+        return max(0.0, self._total_cost * self._speed / self._workers - gone, self._left_at_this_pace(gone))
+
+    def _left_at_this_pace(self, gone: float) -> float:
+        """Seconds, if the rest takes as long as what is done; of the runs under way one half is."""
+        remaining = self._total_cost - self._done_cost
+        open_runs = self._bar.total - self._bar.n
+        if not self._done_cost or not open_runs:
+            return 0.0
+        done = self._done_cost + remaining / open_runs * min(self._workers, open_runs) / 2
+        return gone * (self._total_cost - done) / done
 
     def _tick(self) -> None:
         while not self._stop.wait(self._period):
