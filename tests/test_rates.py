@@ -108,6 +108,15 @@ def test_no_run_is_started_after_the_deadline(tmp_path):
     assert swept(trials({0: [0.1, 0.2]}), tmp_path / "rows.jsonl", deadline=time.monotonic()) == []
 
 
+def test_short_of_time_every_cell_has_its_first_rate_before_any_its_second(tmp_path):
+    cheap_last = replace(EXPERIMENT, cost=lambda run: -run.cell)
+    runs = sorted(trials({0: [0.1, 0.2], 1: [0.1, 0.2], 2: [0.1, 0.2]}), key=lambda run: run.cell)
+    store = ResultStore(tmp_path / "rows.jsonl")
+    sweep_rates(runs, cheap_last, store, profile="smoke", progress=False, deadline=time.monotonic() + 60)
+    done = [(row["config"]["learning_rate"], row["config"]["cell"]) for row in store.rows()]
+    assert done == [(1.0, 2), (1.0, 1), (1.0, 0), (0.5, 2), (0.5, 1), (0.5, 0)]
+
+
 @given(st.dictionaries(st.integers(0, 4), st.lists(st.sampled_from([0.1, 0.5, 0.95]), min_size=3, max_size=3),
                        min_size=1))  # fmt: skip
 def test_every_cell_is_tried_until_it_is_solved(tmp_path_factory, accuracies):

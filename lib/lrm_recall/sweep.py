@@ -72,6 +72,9 @@ class Turns(Protocol):
     def __call__(self, key: str) -> bool | None:
         """Whether the run may be done now; None if it need not be done at all."""
 
+    def rank(self, key: str) -> int:
+        """Where time is short: of which importance the run is, 0 for what is done first."""
+
     def note(self, row: Row) -> None:
         """Take notice of the row of a run that has ended, here or in another sweep."""
 
@@ -182,8 +185,9 @@ def run_sweep(
             ("tcp://127.0.0.1:8786") hands the runs to the Dask cluster there. A script that asks for
             processes needs the usual `if __name__ == "__main__":`; a notebook does not.
         retry_failed, fresh: as in `plan_sweep`.
-        deadline: a time of `time.monotonic()` after which no run is started, the cheapest having gone first; those
-            under way are finished, and those not started have no row in what is returned.
+        deadline: a time of `time.monotonic()` after which no run is started, the cheapest having gone first, in the
+            ranks that `turns` gives; those under way are finished, and those not started have no row in what is
+            returned.
         on_row: called with each new row, once it is on disk.
         turns: which runs may be done when; a run that need not be done has no row in what is returned. None for all
             at once.
@@ -202,7 +206,7 @@ def run_sweep(
     store.repair()
     new: dict[str, Row] = {}
     if plan.missing:
-        queue = _Queue(plan, store, before, _order(plan, workers, deadline), deadline, turns)
+        queue = _Queue(plan, store, before, _order(plan, workers, deadline, turns), deadline, turns)
         with contextlib.closing(queue), contextlib.closing(_do(queue, experiment, profile, workers, progress)) as rows:
             for row in rows:
                 store.append(row)
@@ -319,12 +323,14 @@ def _latest(store: ResultStore) -> dict[str, Row]:
     return {row["key"]: row for row in [*store.failures(), *store.rows()]}
 
 
-def _order(plan: Plan, workers: int | str, deadline: float | None) -> list[str]:
+def _order(plan: Plan, workers: int | str, deadline: float | None, turns: Turns | None) -> list[str]:
     """Keys of the missing runs, the first to do first."""
-    if plan.cost is None or (workers == 1 and deadline is None):
+    cost = plan.cost or dict.fromkeys(plan.missing, 0.0)
+    if deadline is not None:  # short of time: the most rows that it has room for, of those that count most
+        return sorted(plan.missing, key=lambda key: (0 if turns is None else turns.rank(key), cost[key]))
+    if workers == 1:
         return plan.missing
-    # longest first: none is left to one worker at the end; but short of time, the most rows that it has room for
-    return sorted(plan.missing, key=plan.cost.__getitem__, reverse=deadline is None)
+    return sorted(plan.missing, key=lambda key: -cost[key])  # longest first: none is left to one worker at the end
 
 
 def _do(queue: _Queue, experiment: Experiment, profile: str, workers: int | str, show: bool) -> Iterator[Row]:

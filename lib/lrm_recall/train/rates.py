@@ -93,6 +93,10 @@ class RateTurns:
         before = self._trials[: self._trials.index(trial)]
         return all(self._asked.get((cell, each), set()) <= self._ended.get((cell, each), set()) for each in before)
 
+    def rank(self, key: str) -> int:
+        """The first trial of every cell before the second of any: a cell tells something after one."""
+        return self._trials.index(self._places[key][1])
+
     def most_at_once(self, keys: Iterable[str]) -> int:
         """How many of these runs can be under way together."""
         places = (self._places[key] for key in keys)
