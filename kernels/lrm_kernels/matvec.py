@@ -18,6 +18,7 @@ MOST_ROWS = 4  # above this the weights are better read once, by a matrix produc
 MOST_MATRICES = 5
 
 _BLOCK_N, _BLOCK_K, _WARPS = 2, 2048, 8  # on an H100 within 5 % of the best for each shape of a 1.3B model
+_LEAST_ELEMENTS = 128  # of a warp: four a thread
 
 
 def matvec_reference(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -111,7 +112,8 @@ def matvec(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
     N = outputs + [0] * (MOST_MATRICES - len(weights))
     w = weights + [weights[0]] * (MOST_MATRICES - len(weights))
     programs = sum(triton.cdiv(n, _BLOCK_N) for n in outputs)
-    _matvec_kernel[(programs, rows)](x, y, *w, *N, K=K, BLOCK_N=_BLOCK_N, BLOCK_K=_block_k(K), num_warps=_WARPS)
+    _matvec_kernel[(programs, rows)](x, y, *w, *N, K=K, BLOCK_N=_BLOCK_N, BLOCK_K=_block_k(K),
+                                     num_warps=warps(_BLOCK_N * _block_k(K)))
     return list(y.split(outputs, dim=-1))
 
 
@@ -133,9 +135,14 @@ def matvec_swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     N = gate.shape[0]
     y = x.new_empty(*x.shape[:-1], N)
     _swiglu_kernel[(triton.cdiv(N, _BLOCK_N), rows)](
-        x, y, gate, up, N=N, K=K, BLOCK_N=_BLOCK_N, BLOCK_K=_block_k(K), num_warps=_WARPS
+        x, y, gate, up, N=N, K=K, BLOCK_N=_BLOCK_N, BLOCK_K=_block_k(K), num_warps=warps(_BLOCK_N * _block_k(K))
     )
     return y
+
+
+def warps(elements: int) -> int:
+    """For a tile of so many elements, a power of two: with more warps than that, some would do what others do."""
+    return max(1, min(_WARPS, elements // _LEAST_ELEMENTS))
 
 
 def _block_k(K: int) -> int:

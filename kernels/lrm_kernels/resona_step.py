@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrm_kernels.matvec import MOST_ROWS, matvec
+from lrm_kernels.matvec import MOST_ROWS, matvec, warps
 
 MOST_CHUNKS = 16  # k
 MOST_TOKENS = 256  # U
@@ -513,7 +513,8 @@ def resona_step(
         num_stages=1, num_warps=4 if block_h * U <= _LOGITS else 8,
     )  # fmt: skip
 
-    tile = {"BLOCK_R": _ROWS, "BLOCK_D": min(_COLUMNS, triton.next_power_of_2(D)), "num_warps": 8}
+    block_d = min(_COLUMNS, triton.next_power_of_2(D))
+    tile = {"BLOCK_R": _ROWS, "BLOCK_D": block_d, "num_warps": warps(_ROWS * block_d)}
     programs = (triton.cdiv(D, _ROWS), B)
     _value_kernel[programs](mean, w.v, o, D=D, H=H, **tile)
     alpha_logit, bias = (products[-1], w.alpha[1]) if learned else (blank, blank)

@@ -11,6 +11,7 @@ from lrm_kernels.matvec import (
     matvec_reference,
     matvec_swiglu,
     matvec_swiglu_reference,
+    warps,
 )
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -47,3 +48,7 @@ def test_refuses_what_belongs_to_a_matrix_product(device):
         matvec(drawn(device, torch.float32, 5, 1, 8), [weight])
     with pytest.raises(ValueError, match="got 1 and 6"):
         matvec(drawn(device, torch.float32, 1, 1, 8), [weight] * 6)
+
+
+def test_small_tiles_have_few_warps():
+    assert [warps(elements) for elements in (32, 128, 512, 2048, 4096)] == [1, 1, 4, 8, 8]
