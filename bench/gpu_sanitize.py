@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck")
 CODE = [f"lrm_kernels.{path.stem}" for path in sorted((ROOT / "kernels" / "lrm_kernels").glob("[a-z]*.py"))]
 _FOUND = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: \d+ hazards? displayed \((\d+) error)")
-_PASSED = re.compile(r"(\d+) passed")
+_PASSED, _FAILED = re.compile(r"(\d+) passed"), re.compile(r"\d+ (?:failed|errors? in)")
 
 
 class FirstCases:
@@ -57,11 +57,11 @@ def read(log: str) -> dict[str, int]:
     """Errors that the tool found, and tests that passed under it.
 
     Raises:
-        ValueError: it has no summary, or no test has passed: nothing was checked.
+        ValueError: it has no summary, or not every test has passed: too little was checked.
     """
     summaries, passed = _FOUND.findall(log), _PASSED.search(log)
-    if not summaries or passed is None:
-        raise ValueError(f"no summary of the sanitizer or of pytest; the end of what they said:\n{log[-2000:]}")
+    if not summaries or passed is None or _FAILED.search(log):
+        raise ValueError(f"no summary of the sanitizer, or tests that did not pass; the end of both:\n{log[-2000:]}")
     return {"errors": sum(int(a or b) for a, b in summaries), "tests": int(passed[1])}
 
 
@@ -89,10 +89,16 @@ def main() -> int:
     logs = {tool: arguments.logs / f"sanitizer_{tool}.log" for tool in arguments.tools}
     running = {tool: start(tool, sanitizer, log, arguments.tests) for tool, log in logs.items()}
     bad = 0
-    for tool, process in running.items():
-        process.wait()
+    while running:
+        tool = next((tool for tool, process in running.items() if process.poll() is not None), None)
+        if tool is None:
+            time.sleep(0.1)
+            continue
+        code = running.pop(tool).returncode
         try:
             metrics = read(logs[tool].read_text(errors="replace"))
+            if code and not metrics["errors"]:
+                raise ValueError(f"it ended with code {code}, though nothing was found")
         except ValueError as error:
             print(f"{tool}: {error}", file=sys.stderr)
             bad += 1

@@ -61,7 +61,7 @@ num_heads: int = 2  # Resona: heads of its cross-attention
 # %%
 from functools import partial
 
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from lrm_recall import provenance
 from lrm_recall.efficiency.grid import retrieval_runs, state_runs, this_device
@@ -131,7 +131,8 @@ experiment = Experiment("efficiency", partial(measure, device=device), modules=c
                         data={"source": "random", "revision": ""})
 store = ResultStore(profile_path(results_dir, "efficiency", profile))
 runs = [*main, *states, *training, *cold]
-print(str(plan_sweep(runs, experiment, store, fresh=fresh)).partition("\n")[0], "on", device_name)
+if not measured_on:
+    print(str(plan_sweep(runs, experiment, store, fresh=fresh)).partition("\n")[0], "on", device_name)
 
 # %%
 def rows_of(runs):
@@ -141,8 +142,16 @@ def rows_of(runs):
     return run_sweep(runs, experiment, store, profile=profile, retry_failed=retry_failed, fresh=fresh)
 
 
+def any_of(rows):
+    """Whether this part has rows to draw; says so where it has none."""
+    if rows.empty:
+        print(f"no row of this part on {device_name}")
+    return not rows.empty
+
+
 parts = [rows_of(part) for part in (main, states, training, cold)]
 main_rows, state_rows, training_rows, cold_rows = map(frame, parts)
+print(f"{sum(map(len, parts))} rows of {len(runs)} runs on {device_name}")
 
 # %% [markdown]
 # ## Tables 5, 6 and 7: the paper beside ours
@@ -175,14 +184,14 @@ show(absolute)
 # The paper argues for a few layers by quality; here is what each choice costs.
 
 # %%
-state_table = state_cost_table(state_rows)
-files += write_table(state_table, output_dir, "efficiency_statex")
-Markdown(markdown(state_table))
+expanded_rows = frame([row for row in parts[1] if row["config"]["expanded_layers"]])
+if any_of(expanded_rows):
+    state_table = state_cost_table(state_rows)
+    files += write_table(state_table, output_dir, "efficiency_statex")
+    display(Markdown(markdown(state_table)))
 
 # %%
-if state_rows.empty:
-    print("no row of this part is stored")
-else:
+if any_of(expanded_rows):
     state_figure = speed_and_state(state_rows)
     files += save(state_figure, output_dir, "efficiency_statex")
     show(state_figure)
@@ -193,9 +202,10 @@ else:
 # Forward and backward of one sequence, no optimiser.
 
 # %%
-training_table = training_cost_table(training_rows)
-files += write_table(training_table, output_dir, "efficiency_training")
-Markdown(markdown(training_table))
+if any_of(training_rows):
+    training_table = training_cost_table(training_rows)
+    files += write_table(training_table, output_dir, "efficiency_training")
+    display(Markdown(markdown(training_table)))
 
 # %% [markdown]
 # ## Cold start
@@ -216,7 +226,10 @@ Markdown(markdown(cold_table))
 # %%
 tried = retrieval_runs({"prefill": prefill_lengths[-1:]}, models=chosen(mixers[-1:]), shape=main_shape,
                        resona=resona | {"top_k": 2 * top_k})
-for row in rows_of(tried):
+tried_rows = rows_of(tried)
+if len(tried_rows) < len(tried):
+    print(f"{len(tried) - len(tried_rows)} of {len(tried)} is not stored for {device_name}")
+for row in tried_rows:
     retrieval = row["config"]["resona"]
     print(f"{'resona' if retrieval else 'base':7} top_k {retrieval['top_k'] if retrieval else '-':>2}"
           f"  {row['metrics']['ms']:8.1f} ms")

@@ -39,7 +39,10 @@ def test_errors_are_counted_and_stored(sanitize, tmp_path, monkeypatch, errors):
     assert json.loads(row)["metrics"] == {"errors": errors, "tests": 5}
 
 
-@pytest.mark.parametrize("text", ["5 passed in 1s\\n", "========= ERROR SUMMARY: 0 errors\\n", "No device\\n"])
+@pytest.mark.parametrize("text", [
+    "5 passed in 1s\\n", "========= ERROR SUMMARY: 0 errors\\n", "No device\\n",
+    "1 failed, 5 passed in 1s\\n========= ERROR SUMMARY: 0 errors\\n",
+    "5 passed, 1 error in 1s\\n========= ERROR SUMMARY: 0 errors\\n"])
 def test_nothing_checked_is_no_success(sanitize, tmp_path, monkeypatch, capsys, text):
     says(tmp_path, monkeypatch, text)
     assert sanitize.main() == 1

@@ -305,3 +305,28 @@ def test_a_step_calls_the_op_once_a_layer(plain, monkeypatch):
     monkeypatch.setattr(attention, "attention_step", lambda *args, **kwargs: seen.append(args) or op(*args, **kwargs))
     stepped(plain, ids(2, 3), prefilled(plain, ids(2, 9)))
     assert len(seen) == 2 * 3 and seen[0][3].shape == (2, 2, 16, 16)  # [B, G, C, K]
+
+
+@pytest.mark.parametrize("most", [0, 10**9])
+def test_large_buffers_go_with_their_cache_and_others_stay(plain, monkeypatch, most):
+    monkeypatch.setattr(WithoutGraph, "_most_kept", lambda self, graph: most)
+    tokens = ids(1, 12)
+    cache = prefilled(plain, tokens[:, :6])
+    first = stepped(plain, tokens[:, 6:], cache)
+    assert plain._decoder._graph.growing_bytes() > 0
+    del cache
+    assert (plain._decoder._graph is None) == (most == 0)
+    assert torch.equal(stepped(plain, tokens[:, 6:], prefilled(plain, tokens[:, :6])), first)
+    assert plain._decoder.made == (2 if most == 0 else 1)
+
+
+def test_an_error_after_the_step_loses_nothing(plain, monkeypatch):
+    tokens = ids(1, 12)
+    expected = stepped(plain, tokens[:, 6:], prefilled(plain, tokens[:, :6]))
+    cache = prefilled(plain, tokens[:, :6])
+    before = stepped(plain, tokens[:, 6:8], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "project", lambda *_: (_ for _ in ()).throw(RuntimeError("too late")))
+        with pytest.raises(RuntimeError, match="too late"):
+            stepped(plain, tokens[:, 8:9], cache)
+    assert torch.allclose(torch.cat([before, stepped(plain, tokens[:, 8:], cache)], 1), expected, atol=1e-5)

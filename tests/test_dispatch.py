@@ -1,5 +1,7 @@
 """Which code runs an op; the GPU is played by a number that says it is there."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -158,3 +160,9 @@ class TestBackends:
 
 def test_unsupported_is_not_an_error_that_others_catch():
     assert not issubclass(Unsupported, (ValueError, RuntimeError))
+
+
+def test_an_op_that_enters_itself_is_in_the_table():
+    script = "import lrm_recall; print(lrm_recall.backends('cpu').index.tolist())"  # a process that has made no model
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "attention_step" in done.stdout

@@ -7,8 +7,8 @@ states are copied in, and the cache that had them gets copies of its own.
 
 What a Resona model keeps does grow: the ids of all tokens, and the embeddings of all chunks. So do attention's keys
 and values. Their buffers have room for more than there is, the step counts on the device how far they are filled, and
-once they are full a step with more room is captured. Keys and values may fill most of a GPU: they move into the buffers
-layer by layer, and from then on the cache refers to the filled part of those.
+once they are full a step with more room is captured. Keys and values may fill much of a GPU: they move into the buffers
+layer by layer, from then on the cache refers to the filled part of those, and very large buffers go with their cache.
 
 Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E size of a chunk embedding.
 """
@@ -16,8 +16,10 @@ Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 _WARM_UP = 2  # steps before the capture: kernels are compiled and workspaces allocated in the first
 _LEAST_ROOM = 512  # tokens that fit at least before another capture
+_MOST_KEPT = 0.4  # of a GPU's memory: larger buffers of keys and values leave no room for those of the next prompt
 
 
 class Decoder:
@@ -60,13 +63,35 @@ class Decoder:
             return None  # the model says what is wrong
         outgrown = self._graph is not None and not self._graph.has_room(rows, cache.length)  # or cut by reorder_cache
         if self._cache is None or self._cache() is not cache or outgrown:  # nobody changes a model between two tokens
-            self._cache = weakref.ref(cache)
+            self._cache = weakref.ref(cache, self._when_gone())
             if not can_capture(model):
                 self._graph = None
             elif self._graph is None or outgrown or not self._graph.fits(model):
                 self._graph = None  # before another is captured, for its memory
                 self._graph = self._capture(model, cache)
         return None if self._graph is None else self._graph.step(model, ids, cache)
+
+    def _when_gone(self) -> Callable[[weakref.ref], None]:
+        """What to do once a cache is gone: let buffers go with it that would leave no room for the next prompt.
+
+        Smaller ones stay for the next cache, as does the graph.
+        """
+        decoder = weakref.ref(self)
+
+        def gone(cache: weakref.ref) -> None:
+            own = decoder()
+            if own is None or own._cache is not cache or own._graph is None:
+                return
+            if own._graph.growing_bytes() > own._most_kept(own._graph):
+                own._graph = None
+
+        return gone
+
+    def _most_kept(self, graph: Step) -> float:
+        """Bytes of growing states that a graph without a cache may hold."""
+        if graph.device.type != "cuda":
+            return math.inf
+        return _MOST_KEPT * torch.cuda.get_device_properties(graph.device).total_memory
 
     def _runs(self, ids: Tensor) -> bool:
         """Whether a graph can be replayed here."""
@@ -157,6 +182,14 @@ class Step:
         """Logits [B, 1, V] behind the new ids, the buffers moved on by one position."""
         return self._run(model)
 
+    @property
+    def device(self) -> torch.device:
+        return self._length.device
+
+    def growing_bytes(self) -> int:
+        """Of the buffers whose states grow with every token."""
+        return sum(self._states[index][name].nbytes for index, growing in self._growing.items() for name in growing)
+
     def fits(self, model: RecurrentLM) -> bool:
         """Whether this still is the step of the model."""
         return self._fingerprint == fingerprint(model)
@@ -170,6 +203,7 @@ class Step:
         if not self._intact(cache):
             self._take(model, cache)
         self._new_ids.copy_(ids)
+        self._lent_length = 0  # after an error halfway the cache is taken anew
         logits = self._advance(model)
         cache.length += 1
         self._lend(cache)

@@ -286,7 +286,7 @@ class RecurrentLM(RecurrentPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RecurrentModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.cuda_graph = True  # decode through a CUDA graph, where the model's state is of constant size
+        self.cuda_graph = True  # decode through a CUDA graph, where `lrm_recall.decode.can_capture` allows it
         self._decoder = Decoder()
         self.post_init()
 

@@ -6,6 +6,7 @@ import pandas as pd
 import torch
 
 from lrm_kernels import autotune
+from lrm_recall.ops import attention_step  # noqa: F401  it adds itself to LIBRARY_OF
 from lrm_recall.ops.dispatch import BACKEND_VARIABLE, LIBRARY_OF, backend, find_adapter
 
 
