@@ -219,6 +219,20 @@ def test_paper_scale_and_toy_scale_never_share_a_column():
     assert "0.450" in second and "0.410" not in second
 
 
+def test_a_cell_with_learning_rates_to_try_is_not_run_yet_and_shown_apart():
+    first = PAPER_LEARNING_RATES[0]
+    rows = [row(accuracy=0.1, max_epochs=64, learning_rate=first),
+            row(layers=[0], accuracy=0.5, max_epochs=64, learning_rate=first),
+            row(layers=[2], accuracy=0.995, max_epochs=64, learning_rate=first)]  # no other rate could change it
+    table = mqar_table11(frame(rows), "laptop", RESONA)
+    ran = table[table["seeds"] > 0].set_index("variant")
+    assert ran["verdict"].to_dict() == {"base": NOT_RUN, "resona0": NOT_RUN, "resona2": REPRODUCED}
+    assert ran["accuracy_unfinished"].notna().tolist() == [True, True, False]
+    done, unfinished = results_table_markdown(table).split("with learning rates still to be tried")
+    assert "0.995" in done and "0.100" not in done and "toy" not in done + unfinished
+    assert "1 of 4 learning rates" in unfinished and "0.100" in unfinished
+
+
 def test_the_base_of_another_profile_is_no_comparison():
     rows = frame([row(layers=[0], accuracy=1.0), row(profile="smoke")])
     table = mqar_table11(rows, "laptop").set_index(["mixer", "length", "d_model", "variant"])

@@ -11,7 +11,9 @@ from lrm_recall.figures.mqar_cells import mqar_cells
 from lrm_recall.figures.style import MODELS, mark
 from lrm_recall.figures.tables import NOTHING, markdown, mean_sd
 from lrm_recall.figures.verdicts import (
+    LACKS_RATES,
     NOT_RUN,
+    PAPER_LEARNING_RATES,
     PAPER_POSITIONS_A_PAIR,
     VERDICTS,
     base_verdict,
@@ -20,7 +22,11 @@ from lrm_recall.figures.verdicts import (
 )
 from lrm_recall.paper import paper_values
 
-SCALES = ("paper", "toy")
+_TITLES = {
+    "paper": "At the paper's scale",
+    "unfinished": "At the paper's scale, with learning rates still to be tried",
+    "toy": "At toy scale, not the paper's",
+}
 _PLACE = ["mixer", "length", "pairs", "d_model"]  # of a cell in the table, its variant left out
 _OURS = ["accuracy", "sd", "sequence_accuracy", "sequence_sd"]
 
@@ -36,27 +42,26 @@ def mqar_table11(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
     Returns:
         mixer, model, variant ("base", "resona0", "resona2"), length, pairs, d_model; `paper`, the printed
         accuracy; ours, in accuracy_paper, sd_paper ... where a cell was run at the paper's scale and in
-        accuracy_toy, sd_toy ... where it was not: the two never share a column (accuracy is per labelled
-        position, sequence_accuracy the whole output); seeds; scale, in words; verdict, empty for a cell that
-        the paper does not have.
+        accuracy_toy, sd_toy ... where it was not, in accuracy_unfinished ... where learning rates are all that is
+        still to be tried: they never share a column (accuracy is per labelled position, sequence_accuracy the whole
+        output); seeds; scale, in words; verdict, empty for a cell that the paper does not have.
     """
     cells = mqar_cells(rows, resona)
     ours = cells[cells["profile"] == profile].drop(columns="profile")
     table = _paper_cells().merge(ours, on=[*_PLACE, "variant"], how="outer")
     gaps = [paper_scale_gaps(cell) if cell["seeds"] > 0 else [] for cell in table.to_dict("records")]
-    scale = ["" if not seeds > 0 else "toy" if gap else "paper"
-             for seeds, gap in zip(table["seeds"], gaps, strict=True)]
+    scale = [_kind(gap) if seeds > 0 else "" for seeds, gap in zip(table["seeds"], gaps, strict=True)]
     table = table.assign(scale_kind=scale, seeds=table["seeds"].fillna(0).astype(int),
                          model=[mark(mixer).name for mixer in table["mixer"]])
     table["scale"] = [_scale_words(cell, profile) for cell in table.to_dict("records")]
     table["verdict"] = _verdicts(table)
-    for kind in SCALES:
+    for kind in _TITLES:
         for name in _OURS:
             table[f"{name}_{kind}"] = table[name].where(table["scale_kind"] == kind)
     table = table.assign(order=table["mixer"].map(list(MODELS).index))
     table = table.sort_values(["order", "length", "d_model", "variant"]).reset_index(drop=True)
     return table[["mixer", "model", "variant", "length", "pairs", "d_model", "paper",
-                  *(f"{name}_{kind}" for kind in SCALES for name in _OURS), "seeds", "scale", "verdict"]]
+                  *(f"{name}_{kind}" for kind in _TITLES for name in _OURS), "seeds", "scale", "verdict"]]
 
 
 def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
@@ -72,11 +77,10 @@ def results_table_markdown(table: pd.DataFrame) -> str:
         table: what `mqar_table11` returns.
     """
     parts = []
-    for kind in SCALES:
+    for kind, title in _TITLES.items():
         ran = table[table[f"accuracy_{kind}"].notna()]
         if len(ran):
             scales = "; ".join(dict.fromkeys(ran["scale"]))
-            title = "At the paper's scale" if kind == "paper" else "At toy scale, not the paper's"
             parts.append(f"{title} ({scales}):\n\n{markdown(_wide(ran, kind))}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in verdict_counts(table).items())
     parts.append(f"Of the {int(table['paper'].notna().sum())} cells of Table 11: {counts}.")
@@ -92,14 +96,23 @@ def _paper_cells() -> pd.DataFrame:
         "pairs": values["L"] // PAPER_POSITIONS_A_PAIR, "d_model": values["d_model"], "paper": values["value"]})
 
 
+def _kind(gaps: list[str]) -> str:
+    """Which of _TITLES a cell belongs under."""
+    return "paper" if not gaps else "unfinished" if gaps == [LACKS_RATES] else "toy"
+
+
 def _scale_words(cell: Mapping[str, Any], profile: str) -> str:
     """"laptop: 20,000 examples, at most 16 epochs", empty for a cell that did not run.
 
-    How many learning rates were tried is no part of it: a model that is solved at the first is not trained again.
+    How many learning rates were tried is part of it where others are still to be: a model that is solved at the first
+    is not trained again.
     """
     if not cell["seeds"]:
         return ""
-    return f"{profile}: {int(cell['num_train']):,} examples, at most {int(cell['max_epochs'])} epochs"
+    words = f"{profile}: {int(cell['num_train']):,} examples, at most {int(cell['max_epochs'])} epochs"
+    if cell["scale_kind"] != "unfinished":
+        return words
+    return f"{words}, {len(cell['learning_rates'])} of {len(PAPER_LEARNING_RATES)} learning rates"
 
 
 def _verdicts(table: pd.DataFrame) -> list[str]:
@@ -112,7 +125,7 @@ def _verdicts(table: pd.DataFrame) -> list[str]:
 def _verdict(cell: Mapping[str, Any], base: Mapping[tuple, float], paper_base: Mapping[tuple, float]) -> str:
     if pd.isna(cell["paper"]):
         return ""
-    if not cell["seeds"]:
+    if not cell["seeds"] or cell["scale_kind"] == "unfinished":
         return NOT_RUN
     place = tuple(cell[name] for name in _PLACE)
     at_paper_scale = cell["scale_kind"] == "paper"
