@@ -68,6 +68,16 @@ def _rotated(x, channel, mask, cos, sin, K: tl.constexpr, ROTARY: tl.constexpr):
 
 
 @triton.jit
+def _tile(keys, values, tile, first, filled, channel, here, K: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Keys and values [BLOCK_T, BLOCK_K] of a tile, and which of its slots are filled [BLOCK_T]."""
+    slot = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    seen = (slot >= first) & (slot < filled)
+    mask = seen[:, None] & here[None, :]
+    at = slot.to(tl.int64)[:, None] * K + channel[None, :]  # [BLOCK_T, BLOCK_K]
+    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0), seen
+
+
+@triton.jit
 def _one_query(
     query, new_key, new_value, keys, values, first, filled, split, splits, scale, channel, here,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -83,12 +93,7 @@ def _one_query(
     weight = tl.where(own, 1.0, 0.0)
     total = tl.where(own[:, None], new_value.to(tl.float32)[None, :], 0.0)  # [BLOCK_T, BLOCK_K]
     for tile in range(first // BLOCK_T + split, tl.cdiv(filled, BLOCK_T), splits):
-        slot = tile * BLOCK_T + place
-        seen = (slot >= first) & (slot < filled)
-        mask = seen[:, None] & here[None, :]
-        at = slot.to(tl.int64)[:, None] * K + channel[None, :]  # [BLOCK_T, BLOCK_K]
-        key = tl.load(keys + at, mask=mask, other=0.0)
-        value = tl.load(values + at, mask=mask, other=0.0)
+        key, value, seen = _tile(keys, values, tile, first, filled, channel, here, K, BLOCK_T)
         score = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], axis=1), float("-inf"))  # [BLOCK_T]
         highest = tl.maximum(top, score)
         fade, prob = tl.exp2(top - highest), tl.exp2(score - highest)
@@ -115,19 +120,13 @@ def _queries(
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `_one_query`, for the queries [BLOCK_Q, BLOCK_K] of a group: [BLOCK_Q] twice and [BLOCK_Q, BLOCK_K]."""
-    place = tl.arange(0, BLOCK_T)
     own = split == 0
     score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], axis=1) * scale  # [BLOCK_Q]
     top = tl.where(own, score, _LOWEST)
     weight = tl.where(own, tl.full(score.shape, 1.0, tl.float32), 0.0)
     total = tl.where(own, tl.broadcast_to(new_value.to(tl.float32)[None, :], query.shape), 0.0)  # [BLOCK_Q, BLOCK_K]
     for tile in range(first // BLOCK_T + split, tl.cdiv(filled, BLOCK_T), splits):
-        slot = tile * BLOCK_T + place
-        seen = (slot >= first) & (slot < filled)
-        mask = seen[:, None] & here[None, :]
-        at = slot.to(tl.int64)[:, None] * K + channel[None, :]  # [BLOCK_T, BLOCK_K]
-        key = tl.load(keys + at, mask=mask, other=0.0)
-        value = tl.load(values + at, mask=mask, other=0.0)
+        key, value, seen = _tile(keys, values, tile, first, filled, channel, here, K, BLOCK_T)
         scores = _dot(query, tl.trans(key), PRECISION) * scale  # [BLOCK_Q, BLOCK_T]
         scores = tl.where(seen[None, :], scores, float("-inf"))
         highest = tl.maximum(top, tl.max(scores, axis=1))
