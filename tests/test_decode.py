@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from conftest import SMALL_ARGS, VOCAB, make_model
+from decoding_checks import WithoutGraph, generated, ids
 
 from lrm_recall import RecurrentCache, RecurrentLM, RecurrentLMConfig, decode
 from lrm_recall.decode import Decoder, Step, can_capture, capacity_for, fingerprint
@@ -80,25 +81,11 @@ def test_the_mask_is_dropped_once_the_prompt_is_read():
     assert seen[0] is not None and seen[1:] == [None, None]
 
 
-class WithoutGraph(Decoder):
-    """Runs the step that a GPU would capture."""
-
-    made = 0
-
-    def _runs(self, ids):
-        return True
-
-    def _capture(self, model, cache):
-        self.made += 1
-        return Step(model, cache)
-
-
 RETRIEVAL = {
     "place": {"layers": [0, 1], "chunk_size": 4},
     "linear": {"layers": [1], "chunk_size": 3, "top_k": 4, "encoder": "linear", "alpha": "learned", "num_heads": 2},
     "no gate": {"layers": [0], "chunk_size": 2, "top_k": 2, "encoder": "mean", "gate": "none", "memory_norm": False},
 }
-NEW = 21
 
 
 @pytest.fixture(params=["gla", "mamba2", "retnet", "attention"])
@@ -113,16 +100,6 @@ def model(mixer, request, monkeypatch):
     model = make(mixer, resona=RETRIEVAL[request.param], initializer_range=0.3, pad_token_id=0)
     model._decoder = WithoutGraph()
     return model
-
-
-def ids(*shape):
-    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def generated(model, prompt, graph, mask=None, **options):
-    model.cuda_graph = graph
-    mask = torch.ones_like(prompt) if mask is None else mask
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)
 
 
 @pytest.mark.parametrize("prompt", [(1, 1), (2, 3), (1, 22), (3, 31)])  # below a chunk, across chunks and capacities

@@ -6,9 +6,10 @@ import weakref
 import pytest
 import torch
 from conftest import VOCAB
+from decoding_checks import WithoutGraph, generated, ids
 
 from lrm_recall import RecurrentLM, RecurrentLMConfig, decode
-from lrm_recall.decode import Decoder, Step, can_capture
+from lrm_recall.decode import Step, can_capture
 from lrm_recall.mixers import attention
 
 KINDS = {
@@ -16,20 +17,6 @@ KINDS = {
     "grouped": {"num_heads": 4, "num_kv_heads": 2, "bias": True},
     "no positions": {"num_heads": 2, "num_kv_heads": 1, "rotary": False},
 }
-NEW = 21
-
-
-class WithoutGraph(Decoder):
-    """Runs the step that a GPU would capture."""
-
-    made = 0
-
-    def _runs(self, ids):
-        return True
-
-    def _capture(self, model, cache):
-        self.made += 1
-        return Step(model, cache)
 
 
 def make(mixer_args, **changes):
@@ -54,16 +41,6 @@ def model(request):
 @pytest.fixture
 def plain():
     return make(KINDS["plain"])
-
-
-def ids(*shape):
-    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def generated(model, prompt, graph, mask=None, **options):
-    model.cuda_graph = graph
-    mask = torch.ones_like(prompt) if mask is None else mask
-    return model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **options)
 
 
 def prefilled(model, tokens, **options):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from closeness import assert_close
-from conftest import VOCAB, make_model
+from conftest import make_model
+from decoding_checks import assert_steps_agree, plain_loop
 
 from lrm_kernels import attention_step as attention_step_module
 from lrm_kernels.attention_step import attention_step, attention_step_reference, fits
-from lrm_recall.decode import Step
 from lrm_recall.mixers import attention
 from lrm_recall.ops.attention_step import attention_step_torch
 from lrm_recall.ops.dispatch import Unsupported
@@ -172,19 +172,8 @@ def test_the_adapter_does_what_the_torch_form_does(device, heads, theta):
 @pytest.mark.parametrize("options", [{"num_heads": 2}, {"num_heads": 4, "num_kv_heads": 2, "bias": True}])
 def test_a_model_decodes_through_it(device, options, monkeypatch):
     model = make_model("attention", mixer_args=options).to(device)
-    ids = torch.randint(1, VOCAB, (2, 15), generator=torch.Generator().manual_seed(1)).to(device)
-    mask = torch.ones_like(ids[:, :7])
-    mask[1, :4] = 0
-    steps = []
-    with torch.no_grad():
-        expected, cache = [], model(ids[:, :7], attention_mask=mask, use_cache=True).past_key_values
-        model.cuda_graph = False
-        for t in range(7, 15):
-            expected.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
-        cache = model(ids[:, :7], attention_mask=mask, use_cache=True).past_key_values
-        kernel = lambda *args, **kwargs: steps.append(args) or own.attention_step(*args, **kwargs)  # noqa: E731
-        monkeypatch.setattr(attention, "attention_step", kernel)
-        step = Step(model, cache)
-        for t, logits in zip(range(7, 15), expected, strict=True):
-            torch.testing.assert_close(step.step(model, ids[:, t : t + 1], cache), logits, rtol=1e-4, atol=1e-4)
+    known, steps = plain_loop(model, device), []
+    kernel = lambda *args, **kwargs: steps.append(args) or own.attention_step(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(attention, "attention_step", kernel)
+    assert_steps_agree(model, *known)
     assert len(steps) == 8 * 2

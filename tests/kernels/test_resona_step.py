@@ -3,12 +3,11 @@
 import pytest
 import torch
 from closeness import assert_close
-from conftest import VOCAB as MODEL_VOCAB
 from conftest import make_model
+from decoding_checks import assert_steps_agree, plain_loop
 
 from lrm_kernels import resona_step as resona_step_module
 from lrm_kernels.resona_step import Weights, fits, resona_step, resona_step_reference
-from lrm_recall.decode import Step
 from lrm_recall.ops.dispatch import Unsupported
 from lrm_recall.ops.libraries import own
 from lrm_recall.resona import integrate, search
@@ -153,21 +152,10 @@ def test_too_many_rows_are_refused(device):
 @pytest.mark.parametrize("resona", ["default", "linear", "no gate"])
 def test_a_model_decodes_through_it(device, resona, monkeypatch):
     model = make_model("gla", resona).to(device)
-    ids = torch.randint(1, MODEL_VOCAB, (2, 15), generator=torch.Generator().manual_seed(1)).to(device)
-    mask = torch.ones_like(ids[:, :7])
-    mask[1, :4] = 0
-    steps = []
-    with torch.no_grad():
-        expected, cache = [], model(ids[:, :7], attention_mask=mask, use_cache=True).past_key_values
-        model.cuda_graph = False
-        for t in range(7, 15):
-            expected.append(model(ids[:, t : t + 1], past_key_values=cache).logits)
-        cache = model(ids[:, :7], attention_mask=mask, use_cache=True).past_key_values
-        fused = lambda *arguments: steps.append(arguments) or own.resona_step(*arguments)  # noqa: E731
-        monkeypatch.setattr(resona_layer, "fusion", lambda name, x: fused)
-        step = Step(model, cache)
-        for t, logits in zip(range(7, 15), expected, strict=True):
-            torch.testing.assert_close(step.step(model, ids[:, t : t + 1], cache), logits, rtol=1e-4, atol=1e-4)
+    known, steps = plain_loop(model, device), []
+    fused = lambda *arguments: steps.append(arguments) or own.resona_step(*arguments)  # noqa: E731
+    monkeypatch.setattr(resona_layer, "fusion", lambda name, x: fused)
+    assert_steps_agree(model, *known)
     assert len(steps) == 8 * len(model.config.resona_layers)
 
 
