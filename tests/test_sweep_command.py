@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from lrm_recall import results, sweep_command
 from lrm_recall.figures.mqar_embedding import EXPERIMENT
 from lrm_recall.results import ResultStore
 from lrm_recall.rows import make_row
-from lrm_recall.sweep_choice import chosen, condition, group, shard
+from lrm_recall.sweep_choice import chosen, condition, shard
 from lrm_recall.train.synthetic_runs import EMBEDDING, by_experiment, synthetic_experiments, synthetic_runs
+from lrm_recall.train.trials import cell_of
 from lrm_recall.workbook import Workbook, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +208,7 @@ def test_shards_are_disjoint_and_whole_and_keep_groups_together(count):
     for name, those in runs.items():
         got = [run for part in parts for run in part[name]]
         assert sorted(map(repr, got)) == sorted(map(repr, those))
-        groups = [{group(run) for run in part[name]} for part in parts]
+        groups = [{cell_of(asdict(run)) for run in part[name]} for part in parts]
         assert sum(map(len, groups)) == len(set().union(*groups))
     costs = [sum(experiments[name].cost(run) for name, those in part.items() for run in those) for part in parts]
     assert max(costs) < 1.3 * min(costs)

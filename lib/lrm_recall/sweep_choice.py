@@ -13,8 +13,7 @@ import yaml
 
 from lrm_recall.options import did_you_mean
 from lrm_recall.sweep import Experiment, shard_of
-
-_TRIED = ("learning_rate", "weight_decay", "seed")
+from lrm_recall.train.trials import cell_of
 
 
 def condition(word: str) -> tuple[str, Any]:
@@ -68,15 +67,11 @@ def shard(
     cost: dict[tuple[str, str], float] = {}
     for name, those in runs.items():
         for run in those:
-            place = name, group(run)
+            place = name, cell_of(dataclasses.asdict(run))
             cost[place] = cost.get(place, 0.0) + experiments[name].cost(run)
     mine = shard_of(cost, index, count)
-    return {name: [run for run in those if (name, group(run)) in mine] for name, those in runs.items()}
-
-
-def group(run: Any) -> str:
-    """What a run has in common with those that it is compared with, which differ in _TRIED alone; as text."""
-    return repr({name: value for name, value in dataclasses.asdict(run).items() if name not in _TRIED})
+    return {name: [run for run in those if (name, cell_of(dataclasses.asdict(run))) in mine]
+            for name, those in runs.items()}
 
 
 def _view(run: Any, experiment: str) -> dict[str, Any]:

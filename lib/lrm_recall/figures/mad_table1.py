@@ -51,7 +51,7 @@ _VARIES = ("config.learning_rate", "config.weight_decay", "config.seed")  # betw
 _PAPER_TRIALS = set(product(LEARNING_RATES, WEIGHT_DECAYS))
 _PLACE = ["mixer", "variant"]
 _OURS = [*_SCORES.values()]
-SCALES = ("paper", "toy")
+_SCALES = ("paper", "toy")
 
 
 def mad_table1(rows: pd.DataFrame, profile: str, variant: str = "resona1") -> pd.DataFrame:
@@ -79,14 +79,14 @@ def mad_table1(rows: pd.DataFrame, profile: str, variant: str = "resona1") -> pd
     table = table.assign(scale_kind=kind, model=[mark(mixer).name for mixer in table["mixer"]])
     table["scale"] = [f"{profile}: {cell['words']}" if cell["settings"] else "" for cell in table.to_dict("records")]
     table["verdict"] = _verdicts(table)
-    for each in SCALES:
+    for each in _SCALES:
         for name in _OURS:
             table[f"{name}_{each}"] = table[name].where(table["scale_kind"] == each)
     order = [*MIXERS, *sorted(set(table["mixer"]) - set(MIXERS))]
     table = table.assign(place=table["mixer"].map(order.index), column=table["task"].map(list(TASK_NAMES).index))
     table = table.sort_values(["place", "variant", "column"]).reset_index(drop=True)
     return table[["mixer", "model", "variant", "task", "paper",
-                  *(f"{name}_{each}" for each in SCALES for name in _OURS), "settings", "seeds", "scale", "verdict"]]
+                  *(f"{name}_{each}" for each in _SCALES for name in _OURS), "settings", "seeds", "scale", "verdict"]]
 
 
 def mad_table1_markdown(table: pd.DataFrame) -> str:
@@ -96,7 +96,7 @@ def mad_table1_markdown(table: pd.DataFrame) -> str:
         table: what `mad_table1` returns.
     """
     parts = []
-    for kind in SCALES:
+    for kind in _SCALES:
         ran = table[table[f"macro_{kind}"].notna()]
         if len(ran):
             title = "At the paper's scale" if kind == "paper" else "At toy scale, not the paper's"

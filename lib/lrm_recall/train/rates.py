@@ -17,11 +17,9 @@ from typing import Any
 
 from lrm_recall.execution import dask_client, in_one_process
 from lrm_recall.results import ResultStore, Row
-from lrm_recall.rows import plain
 from lrm_recall.sweep import Experiment, Plan, plan_sweep, run_sweep
 from lrm_recall.train.synthetic import MQARRun
-
-_TRIED = ("learning_rate", "weight_decay")
+from lrm_recall.train.trials import SWEPT, cell_of
 
 
 def sweep_rates(
@@ -117,6 +115,5 @@ class RateTurns:
 
 
 def _place(config: dict[str, Any]) -> tuple[str, tuple[float, ...], int]:
-    """What the runs of a cell have in common, as text; what is tried in this one; its seed."""
-    common = repr(sorted((name, value) for name, value in plain(config).items() if name not in (*_TRIED, "seed")))
-    return common, tuple(config[name] for name in _TRIED), config["seed"]
+    """The cell of a run, what is tried in this one, its seed."""
+    return cell_of(config), tuple(config[name] for name in SWEPT), config["seed"]
