@@ -15,7 +15,9 @@ left is k U rows of the embedding table. In six launches:
     o_h = V_h of that sum                            `_value_kernel`
     y = alpha * mixed + (1 - alpha) W_o o            `_mix_kernel`
 
-and a seventh, `_encode_kernel`, which returns at once unless the new token completes a chunk.
+and a seventh, `_encode_kernel`, which returns at once unless the new token completes a chunk. Only the sixth needs what
+the mixer gave, and nothing of the same token needs the seventh, so that these are three functions: `retrieve` may run
+beside the mixer, `mix` behind both, and `encode_newest` whenever there is time before the next token.
 
 Symbols
     B  rows, each with one new token    D  hidden size    H  heads    d  head_dim = D / H
@@ -76,6 +78,20 @@ class Weights(NamedTuple):
     null: Tensor | None
     log_temperature: Tensor | None
     alpha: float | tuple[Tensor, Tensor]
+
+
+class Retrieved(NamedTuple):
+    """What `retrieve` leaves for `mix`.
+
+    Attributes:
+        o: [B, D] fp32, the heads' outputs, not yet projected.
+        chosen: [B, k] int32, the chunks, best first; -1 where there is none.
+        alpha_logit: [B, 1] of x's dtype, the learned map of x without its bias; None for a constant alpha.
+    """
+
+    o: Tensor
+    chosen: Tensor
+    alpha_logit: Tensor | None
 
 
 def resona_step_reference(
@@ -438,13 +454,36 @@ def resona_step(
     x: Tensor, mixed: Tensor, table: Tensor, ids: Tensor, length: Tensor, offset: Tensor, embedding: Tensor,
     weights: Weights, *, top_k: int, num_heads: int, chunk_size: int,
 ) -> Tensor:  # fmt: skip
-    """One token of a Resona layer, everything behind its mixer.
+    """One token of a Resona layer, everything behind its mixer: `retrieve`, `mix` and `encode_newest` on one stream.
+
+    Args:
+        mixed: [B, D] what the mixer made of x.
+        x, table, ids, length, offset, embedding, weights, top_k, num_heads, chunk_size: as for `retrieve`; where the
+            new token completes a chunk, that chunk's embedding is written into the table.
+
+    Returns:
+        [B, D] in x's dtype; `mixed` itself in rows in which no chunk is complete.
+
+    Raises:
+        ValueError: more rows, chunks, heads, channels or tokens a chunk than the kernels take (`fits`).
+    """
+    found = retrieve(x, table, ids, length, offset, embedding, weights,
+                     top_k=top_k, num_heads=num_heads, chunk_size=chunk_size)  # fmt: skip
+    y = mix(found, mixed, weights)  # [B, D]
+    encode_newest(table, ids, length, offset, embedding, weights, chunk_size=chunk_size)
+    return y
+
+
+def retrieve(
+    x: Tensor, table: Tensor, ids: Tensor, length: Tensor, offset: Tensor, embedding: Tensor, weights: Weights,
+    *, top_k: int, num_heads: int, chunk_size: int,
+) -> Retrieved:  # fmt: skip
+    """Search the chunks and attend to the best of them: five launches that need nothing of the mixer.
 
     Args:
         x: [B, D] the layer's input, bf16, fp16 or fp32, at most `matvec.MOST_ROWS` rows.
-        mixed: [B, D] what the mixer made of it.
-        table: [B, N, E] unit embeddings of the chunks so far; where the new token completes a chunk, that chunk's is
-            written.
+        table: [B, N, E] unit embeddings of the chunks so far. Of those of a row at position p the first p // U are
+            read, so that it does not matter whether `encode_newest`, which writes number p // U, ran before.
         ids: [B, C] int64 token ids, the new one among them; row b begins in column offset[b].
         length: [] int64, the column of the new token; offset: [B] int64.
         embedding: [V, D] initial embeddings.
@@ -452,9 +491,6 @@ def resona_step(
         top_k: k. num_heads: H. chunk_size: U.
 
     All tensors must be contiguous.
-
-    Returns:
-        [B, D] in x's dtype; `mixed` itself in rows in which no chunk is complete.
 
     Raises:
         ValueError: more rows, chunks, heads, channels or tokens a chunk than the kernels take (`fits`).
@@ -466,12 +502,6 @@ def resona_step(
     head = D // H
     learned, blank = not isinstance(w.alpha, float), x  # blank: never read
     precision = "ieee" if triton.knobs.runtime.interpret else _PRECISION[x.dtype]  # the interpreter knows no other
-    _encode_kernel[(B,)](
-        ids, length, offset, embedding, _or(w.norm, blank), _or(w.place, blank), _or(w.chunk, blank), table,
-        w.eps, C, N, D=D, E=E, U=U, BLOCK_D=triton.next_power_of_2(D), BLOCK_E=_rows_of(_ENCODED, D, E),
-        BLOCK_T=_rows_of(_ENCODED, D, U), NORM=w.norm is not None, PLACE=w.place is not None,
-        LINEAR=w.chunk is not None, num_warps=8,
-    )  # fmt: skip
 
     products = matvec(x, [w.q, *([] if w.query is None else [w.query]), *([w.alpha[0]] if learned else [])])
     q, query = products[0], x if w.query is None else products[1]
@@ -503,7 +533,7 @@ def resona_step(
         TOKEN_BLOCKS=token_blocks, PARTS=parts, PRECISION=precision, num_warps=4,
     )  # fmt: skip
 
-    mean, o, y = torch.empty(B, H, D, **numbers), torch.empty(B, D, **numbers), torch.empty_like(x)
+    mean, o = torch.empty(B, H, D, **numbers), torch.empty(B, D, **numbers)
     block_d = max(16, min(_TOKEN_CHANNELS, triton.next_power_of_2(D)))
     _token_kernel[(triton.cdiv(D, block_d), B)](
         chosen, scores, null_score, _or(w.log_temperature, blank), logits, squares, ids, offset, embedding,
@@ -513,16 +543,44 @@ def resona_step(
         num_stages=1, num_warps=4 if block_h * U <= _LOGITS else 8,
     )  # fmt: skip
 
-    block_d = min(_COLUMNS, triton.next_power_of_2(D))
-    tile = {"BLOCK_R": _ROWS, "BLOCK_D": block_d, "num_warps": warps(_ROWS * block_d)}
-    programs = (triton.cdiv(D, _ROWS), B)
+    programs, tile = _matrix_rows(B, D)
     _value_kernel[programs](mean, w.v, o, D=D, H=H, **tile)
-    alpha_logit, bias = (products[-1], w.alpha[1]) if learned else (blank, blank)
+    return Retrieved(o, chosen, products[-1] if learned else None)
+
+
+def mix(found: Retrieved, mixed: Tensor, weights: Weights) -> Tensor:
+    """What was retrieved, projected, and mixed [B, D], which the mixer gave, by alpha: [B, D] in mixed's dtype.
+
+    `mixed` itself in rows in which no chunk was found. Contiguous, as all tensors here.
+    """
+    w, (B, D) = weights, mixed.shape
+    learned = found.alpha_logit is not None
+    alpha_logit, bias = (found.alpha_logit, w.alpha[1]) if learned else (mixed, mixed)  # not learned: never read
+    y = torch.empty_like(mixed)
+    programs, tile = _matrix_rows(B, D)
     _mix_kernel[programs](
-        o, w.o, mixed, chosen, alpha_logit, bias, y, 0.0 if learned else w.alpha, alpha_logit.stride(0),
-        D=D, K=K, LEARNED=learned, **tile,
+        found.o, w.o, mixed, found.chosen, alpha_logit, bias, y, 0.0 if learned else w.alpha, alpha_logit.stride(0),
+        D=D, K=found.chosen.shape[1], LEARNED=learned, **tile,
     )  # fmt: skip
     return y
+
+
+def encode_newest(
+    table: Tensor, ids: Tensor, length: Tensor, offset: Tensor, embedding: Tensor, weights: Weights,
+    *, chunk_size: int,
+) -> None:  # fmt: skip
+    """Write the embedding of the chunk that the new token completes, if it does, into the table [B, N, E].
+
+    Arguments as for `retrieve`. Tokens after this one are the first to see that chunk.
+    """
+    w, (B, N, E), D, U = weights, table.shape, embedding.shape[1], chunk_size
+    blank = embedding  # never read
+    _encode_kernel[(B,)](
+        ids, length, offset, embedding, _or(w.norm, blank), _or(w.place, blank), _or(w.chunk, blank), table,
+        w.eps, ids.shape[1], N, D=D, E=E, U=U, BLOCK_D=triton.next_power_of_2(D), BLOCK_E=_rows_of(_ENCODED, D, E),
+        BLOCK_T=_rows_of(_ENCODED, D, U), NORM=w.norm is not None, PLACE=w.place is not None,
+        LINEAR=w.chunk is not None, num_warps=8,
+    )  # fmt: skip
 
 
 def fits(*, rows: int, hidden_size: int, encoder_dim: int, top_k: int, num_heads: int, chunk_size: int) -> str:
@@ -536,6 +594,12 @@ def fits(*, rows: int, hidden_size: int, encoder_dim: int, top_k: int, num_heads
         if value > most:
             return f"at most {most} {what}, got {value}"
     return ""
+
+
+def _matrix_rows(B: int, D: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Programs and tile of the kernels that multiply B vectors with a [D, D] matrix."""
+    block_d = min(_COLUMNS, triton.next_power_of_2(D))
+    return (triton.cdiv(D, _ROWS), B), {"BLOCK_R": _ROWS, "BLOCK_D": block_d, "num_warps": warps(_ROWS * block_d)}
 
 
 def _rows_of(elements: int, width: int, most: int) -> int:

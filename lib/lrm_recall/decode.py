@@ -10,6 +10,8 @@ and values. Their buffers have room for more than there is, the step counts on t
 once they are full a step with more room is captured. Keys and values may fill much of a GPU: they move into the buffers
 layer by layer, from then on the cache refers to the filled part of those, and very large buffers go with their cache.
 
+In a graph a Resona layer's retrieval is a branch beside the layer's mixer (`lrm_recall.ops.beside`).
+
 Symbols: B rows that are decoded together, C capacity in tokens, U chunk_size, E size of a chunk embedding.
 """
 
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lrm_recall.cache import RecurrentCache
+from lrm_recall.ops.beside import beside
 from lrm_recall.ops.linear import project
 from lrm_recall.resona.layer import CHUNK_EMBEDDINGS, Resona
 from lrm_recall.resona.memory import TokenMemory
@@ -170,7 +173,8 @@ class Step:
         cache = StepCache(len(self._states))
         cache.layers = [dict(layer) for layer in self._states]
         cache.ids, cache.length, cache.offset = self._ids, self._length, self._offset
-        outputs = model.model(input_ids=self._new_ids, past_key_values=cache)
+        with beside(self._resona.values()):  # closed before the buffers change that retrieval reads: length and states
+            outputs = model.model(input_ids=self._new_ids, past_key_values=cache)
         for layer, new in zip(self._states, cache.layers, strict=True):
             for name, state in layer.items():
                 if new[name].data_ptr() != state.data_ptr():  # some kernels change their state in place

@@ -1,9 +1,13 @@
 """Resona models decoded through a CUDA graph, by the fused step or in torch, give what the plain loop gives."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 
 from lrm_recall import RecurrentLM, RecurrentLMConfig, decode
+from lrm_recall.ops import beside as beside_module
 from lrm_recall.ops.libraries import own
 from lrm_recall.resona import layer as resona_layer
 
@@ -157,3 +161,26 @@ def test_half_precision_follows_the_full_forward(dtype, retrieval):
             errors.append(logits.float() - full[:, t : t + 1])
     error = torch.cat(errors, 1).norm() / full[:, 40:].norm()
     assert error < 2 * (half[:, 40:] - full[:, 40:]).norm() / full[:, 40:].norm() + 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("retrieval", RETRIEVAL)
+@torch.no_grad()
+def test_retrieval_beside_the_mixer_gives_the_same_bits(dtype, retrieval, monkeypatch):
+    model = make("gla", layers=[0, 1, 2], **RETRIEVAL[retrieval]).to(dtype)
+    tokens, streams, side_stream = ids(2, 60), [], beside_module._side_stream
+    prompt = model(tokens[:, :20], use_cache=True).past_key_values
+    monkeypatch.setattr(beside_module, "_side_stream", lambda device: streams.append(device) or side_stream(device))
+
+    def logits():
+        model._decoder = decode.Decoder()  # captures anew
+        cache = copy.deepcopy(prompt)
+        return torch.cat([model(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(20, 60)], 1)
+
+    forked = logits()
+    assert len(streams) == 3 * 3  # layers; two warm-ups and the capture
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "beside", lambda layers: contextlib.nullcontext())
+        assert torch.equal(logits(), forked)
+    assert len(streams) == 3 * 3
+    assert torch.equal(logits(), forked)  # and once more, in memory that both have used

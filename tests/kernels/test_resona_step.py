@@ -7,7 +7,7 @@ from conftest import make_model
 from decoding_checks import assert_steps_agree, plain_loop
 
 from lrm_kernels import resona_step as resona_step_module
-from lrm_kernels.resona_step import Weights, fits, resona_step, resona_step_reference
+from lrm_kernels.resona_step import Weights, encode_newest, fits, mix, resona_step, resona_step_reference, retrieve
 from lrm_recall.ops.dispatch import Unsupported
 from lrm_recall.ops.libraries import own
 from lrm_recall.resona import integrate, search
@@ -121,6 +121,20 @@ def test_chunks_that_are_not_visible_are_not_read(device):
     expected = resona_step(**arguments)
     arguments["table"][:, 2:] = torch.nan
     assert torch.equal(resona_step(**arguments), expected)
+
+
+@pytest.mark.parametrize("encoder", ["place", "linear"])
+def test_encoding_before_retrieval_or_after_it(device, encoder):
+    """The chunk that the new token completes is not visible to it."""
+    arguments = problem(device, torch.float32, encoder=encoder, positions=[11, 10], B=2, k=4, alpha="learned")
+    first = {**arguments, "table": arguments["table"].clone()}
+    expected = resona_step(**arguments)
+    assert first["table"].ne(arguments["table"]).any(-1).nonzero().tolist() == [[0, 2]]  # row 0 completes its third
+    sizes = {name: first.pop(name) for name in ("top_k", "num_heads", "chunk_size")}
+    x, mixed, table, weights = (first.pop(name) for name in ("x", "mixed", "table", "weights"))
+    encode_newest(table, **first, weights=weights, chunk_size=sizes["chunk_size"])
+    found = retrieve(x, table, **first, weights=weights, **sizes)
+    assert torch.equal(mix(found, mixed, weights), expected) and torch.equal(table, arguments["table"])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lrm_kernels.matvec import MOST_MATRICES, MOST_ROWS, matvec
+from lrm_recall.ops.beside import branch
 from lrm_recall.ops.dispatch import Unsupported
 from lrm_recall.ops.linear import plain
 
@@ -118,9 +119,11 @@ def mix_retrieved(mixed, retrieved, indices, alpha):
 
 
 def resona_step(x, mixed, layer, table, memory, length):
-    """Everything of a Resona layer behind its mixer, for one token: x and mixed [B, 1, D]; the result too."""
-    from lrm_kernels.resona_step import Weights, fits
-    from lrm_kernels.resona_step import resona_step as kernel
+    """Everything of a Resona layer but its mixer, for one token: x and mixed [B, 1, D]; the result too.
+
+    Where `lrm_recall.decode` lets it, the retrieval runs beside the mixer, on another stream.
+    """
+    from lrm_kernels.resona_step import Weights, encode_newest, fits, mix, retrieve
 
     encoder, embed, norm = layer.encoder, memory.embed, layer.memory_norm
     linear = [encoder.chunk_proj, encoder.query_proj] if hasattr(encoder, "chunk_proj") else []
@@ -142,8 +145,12 @@ def resona_step(x, mixed, layer, table, memory, length):
         null=layer.null_chunk if gated else None, log_temperature=layer.log_temperature if gated else None,
         alpha=(layer.alpha_proj.weight, layer.alpha_proj.bias) if learned else float(layer.alpha),
     )  # fmt: skip
-    y = kernel(x.squeeze(1).contiguous(), mixed.squeeze(1).contiguous(), table, memory.ids, length, memory.offset,
-               embed.weight, weights, **sizes)  # [B, D]
+    tokens = (memory.ids, length, memory.offset, embed.weight)
+    with branch(layer) as join:  # what the kernels cannot take was refused before
+        found = retrieve(x.squeeze(1).contiguous(), table, *tokens, weights, **sizes)
+        join()  # before the encoding: that is for later tokens, and nothing here has to wait for it
+        encode_newest(table, *tokens, weights, chunk_size=layer.chunk_size)
+    y = mix(found, mixed.squeeze(1).contiguous(), weights)  # [B, D]
     return y.unsqueeze(1)
 
 
