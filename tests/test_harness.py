@@ -357,4 +357,4 @@ def test_pubmedqa_is_read_from_files_laid_out_as_the_hubs_conversion(tmp_path, m
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["--tasks", "arc_easy"]) == 2
-    assert "lrm-recall[eval]" in capsys.readouterr().err
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err

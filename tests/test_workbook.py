@@ -196,6 +196,8 @@ def test_nothing_outlives_a_runner_that_is_killed(root, kill):
         (["run", "-p", "learning_rate=1e-3"], "01_demo: -p: learning_rate: YAML reads 1e-3 as text; write"),
         (["run", "-p", "count=many"], "01_demo: -p: count must be int, not 'many' (str)"),
         (["run", "-p", "count"], "-p count: must be name=value"),
+        (["run", "--results", __file__], f"--results {__file__}: {__file__} is a file, not a folder"),
+        (["run", "--output", f"{__file__}/out"], f"--output {__file__}/out: {__file__} is a file, not a folder"),
         (["run", "-p", "profile=laptop"], "01_demo: -p: profile is set by the command line, not as a para"),
     ],
 )

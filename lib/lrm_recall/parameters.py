@@ -45,6 +45,17 @@ class ParameterError(ValueError):
         self.problems = list(problems)
 
 
+def check_folder(path: Path, option: str) -> None:
+    """Refuse a folder for results that cannot be one, before there are results to lose.
+
+    Raises:
+        ParameterError: `path`, or the nearest thing above it that exists, is a file.
+    """
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ParameterError([f"{option} {path}: {there} is a file, not a folder"])
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One declared parameter: its name, type, default value and comment."""

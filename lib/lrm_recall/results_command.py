@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lrm_recall.parameters import ParameterError
 from lrm_recall.results import Merge, ResultStore, StoreError
+from lrm_recall.rows import Row
 
 if TYPE_CHECKING:
     from lrm_recall.workbook import Workbook
@@ -44,6 +46,7 @@ def _merge(workbook: Workbook, options: argparse.Namespace) -> int:
     stores = [ResultStore(path) for path in options.files]
     try:
         rows = [row for store in stores for row in (*store.failures(), *store.rows())]
+        _check_profiles(rows, into)
         merge = ResultStore(into).merge(rows)
     except StoreError as error:
         raise ParameterError([str(error)]) from None
@@ -52,6 +55,19 @@ def _merge(workbook: Workbook, options: argparse.Namespace) -> int:
         return 1
     print(f"{into}: {_merged(merge)}")
     return 0
+
+
+def _check_profiles(rows: Sequence[Row], into: Path) -> None:
+    """Refuse rows of another profile than `into` is named after: tables take a row's scale from its file.
+
+    Raises:
+        ParameterError: there are such rows. A file that is not called <group>.<profile>.jsonl takes all.
+    """
+    group, _, profile = into.name.removesuffix(".jsonl").partition(".")
+    strange = sorted({row["profile"] for row in rows} - {profile})
+    if profile and strange:
+        raise ParameterError([f"rows of profile {', '.join(strange)} do not belong into {into}; their file is "
+                              f"{group}.{strange[0]}.jsonl"])
 
 
 def _merged(merge: Merge) -> str:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrm_recall.execution import BrokenProcess, gpus
 from lrm_recall.options import did_you_mean
-from lrm_recall.parameters import ParameterError, read_assignments
+from lrm_recall.parameters import ParameterError, check_folder, read_assignments
 from lrm_recall.progress import duration
 from lrm_recall.results import ResultStore, StoreError, profile_path
 from lrm_recall.sweep import Experiment, Plan, plan_sweep
@@ -71,6 +71,8 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
         near = did_you_mean(options.group, NOTEBOOKS)
         raise ParameterError([f"there is no sweep {options.group!r}{near}; there are: {', '.join(NOTEBOOKS)}"])
     name = NOTEBOOKS[options.group]
+    results_dir = options.results or workbook.root / "outputs" / "results"
+    check_folder(results_dir, "--results")
     parameters = workbook.parameters(name, options.profile, read_assignments(options.parameters))
     try:
         from lrm_recall.train.device import usable_device
@@ -88,7 +90,6 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
         asked = shard(chosen(by_experiment(synthetic_runs(parameters)), only), experiments, *options.shard)
     except ValueError as error:
         raise ParameterError([str(error)]) from None
-    results_dir = options.results or workbook.root / "outputs" / "results"
     store = ResultStore(profile_path(results_dir, options.group, options.profile))
     try:
         if options.dry_run:

@@ -31,6 +31,7 @@ from lrm_recall.parameters import (
     RUNNER,
     Parameter,
     ParameterError,
+    check_folder,
     check_values,
     declared_parameters,
     read_assignments,
@@ -142,6 +143,8 @@ def _jobs(workbook: Workbook, options: argparse.Namespace) -> list[Job]:
         raise UsageError(f"there are no notebooks in {workbook.root / 'notebooks'}")
     output_dir = (options.output or workbook.root / "outputs" / options.profile).resolve()
     results_dir = (options.results or workbook.root / "outputs" / "results").resolve()
+    for option, folder in (("--output", output_dir), ("--results", results_dir)):
+        check_folder(folder, option)
     from_runner = {
         "profile": options.profile,
         "results_dir": _shown(results_dir, workbook.root),

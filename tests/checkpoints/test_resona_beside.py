@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoint_files import fla_checkpoint
 
-from lrm_recall import RecurrentLM, Resona
+from lrm_recall import RecurrentLM, Resona, expand_state
 from lrm_recall.checkpoints import load
 
 RESONA = {"layers": [1], "chunk_size": 2, "encoder": "linear", "alpha": "learned", "num_heads": 2}
@@ -57,3 +60,22 @@ def test_options_that_cannot_be(tmp_path, resona):
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ValueError, match="resona"):
         load(tmp_path, resona=resona)
+
+
+@pytest.mark.parametrize("layout", ["gla", "mamba2"])
+def test_what_is_copied_from_the_page_runs(tmp_path, layout):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "gpu.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "save_pretrained" in block]
+    fla_checkpoint(tmp_path / "fla", layout)
+    plain = load(tmp_path / "fla")
+    scope = {"RecurrentLM": RecurrentLM, "expand_state": expand_state, "checkpoint": tmp_path / "fla",
+             "folder": tmp_path / "ours", "ids": torch.arange(40).view(1, 40)}  # fmt: skip
+    exec(compile(block, "docs/gpu.md", "exec"), scope)
+    assert scope["loss"].isfinite() and scope["tokens"].shape[1] > 40
+    assert scope["model"].config.resona["layers"] == [0] and scope["model"].state_size() > plain.state_size()
+
+
+def test_with_alpha_1_it_is_the_old_model(tmp_path):
+    fla_checkpoint(tmp_path, "gla")
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path, resona={**RESONA, "alpha": 1.0})(IDS).logits, load(tmp_path)(IDS).logits)

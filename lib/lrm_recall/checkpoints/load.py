@@ -21,6 +21,7 @@ from lrm_recall.config import RecurrentLMConfig
 from lrm_recall.model import RecurrentLM, mark_outputs
 from lrm_recall.options import check_type
 from lrm_recall.resona.layer import Resona
+from lrm_recall.train.device import usable_device
 
 
 def load(
@@ -51,8 +52,10 @@ def load(
     Raises:
         FileNotFoundError: no such directory or repository, or files of it are missing.
         ValueError: a layout or a field of config.json that is not supported, options of Resona that cannot be,
-            tensors that are missing, unexpected or of another shape, pickles that are not trusted.
+            tensors that are missing, unexpected or of another shape, pickles that are not trusted, a device that is
+            not there.
     """
+    device = torch.device(usable_device(str("cpu" if device is None else device)))  # before gigabytes are fetched
     dtype = _floating_dtype(dtype)
     directory = find_directory(
         name_or_path, revision=revision, trust_pickle=trust_pickle, local_files_only=local_files_only
@@ -67,7 +70,7 @@ def load(
     places = match(expected_shapes(model), stored.shapes, layout)
     if dtype is None:
         dtype = next(stored.dtypes[name] for name, parts in places.items() if parts[0].name == EMBEDDINGS)
-    _fill(model, stored, places, dtype, torch.device("cpu" if device is None else device))
+    _fill(model, stored, places, dtype, device)
     if resona is not None:
         _add_resona(model, resona)
     return model.eval()

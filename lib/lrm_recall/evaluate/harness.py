@@ -37,7 +37,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: those behind `lrm-recall evaluate`.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        print("lrm-recall: evaluate needs lm-evaluation-harness: pip install 'lrm-recall[eval]'", file=sys.stderr)
+        print("lrm-recall: evaluate needs lm-evaluation-harness: .venv/bin/pip install -e '.[eval]' in the checkout",
+              file=sys.stderr)
         return 2
     from lm_eval.__main__ import cli_evaluate
 
