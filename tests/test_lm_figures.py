@@ -169,10 +169,23 @@ def test_controls(rows):
     leaks = leak_table(rows, "smoke", RESONA)
     assert leaks["leak"].tolist() == pytest.approx([0.25, 0.0, 0.25, 0.0])
     assert leaks["trained on"].tolist() == ["one article a sequence", "packed articles"] * 2
-    ablation = ablation_table(rows, "smoke", RESONA, "gla", {"alpha": [1.0, 0.2]})  # 0.2 did not run
-    assert ablation["value"].tolist() == ["", "1.0"]
-    assert ablation["nats below base"].tolist() == pytest.approx([0.1, 0.05])
+    ablation = ablation_table(rows, "smoke", RESONA, {"alpha": [1.0, 0.2]})  # 0.2 did not run
+    assert ablation["value"].tolist() == ["1.0"]
+    assert ablation[["nats below in use", "nats below base"]].to_numpy().tolist() == [pytest.approx([-0.05, 0.05])]
     assert speed_table(rows, "smoke", RESONA).shape == (2, 4)
+
+
+def test_a_change_of_one_seed_is_held_against_that_seed(rows):
+    base, resona = ([run for run in grid(["gla"], seeds=(0, 1)) if run.variant == name] for name in ("base", "resona"))
+    (changed,) = [run for run in grid(["gla"], gate="none") if run.variant == "resona"]
+    losses = zip((*base, *resona, changed), (5.0, 3.0, 4.0, 2.5, 3.9), strict=True)
+    both = frame([make(run, loss) for run, loss in losses])
+    in_use = {**RESONA, "gate": "null_chunk"}
+    (line,) = ablation_table(both, "smoke", in_use, {"gate": ["none"]}).to_dict("records")
+    assert (line["backbone"], line["seeds"]) == ("GLA", 1)
+    assert [line[name] for name in ("nats below in use", "nats below base")] == pytest.approx([0.1, 1.1])
+    control = retrieval_control(both, "smoke", in_use, "gla").set_index("model")
+    assert control.loc["+ Resona", "nats below base"] == pytest.approx(0.75)
 
 
 def scored(variant: str, **tasks: dict) -> dict:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells
+from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, lm_rows
 from lrm_recall.figures.style import in_order, mark
 
 
@@ -19,47 +19,67 @@ def retrieval_control(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any
         rows: result rows. profile: whose. mixer: of which backbone. resona: the options in use.
 
     Returns:
-        model, retrieval, test PPL (by token); lines that did not run are left out.
+        backbone, model, retrieval, test PPL (by token), nats below base (at the same seeds), seeds; lines that did not
+        run are left out.
     """
-    def cells(options: Mapping[str, Any]) -> pd.DataFrame:
-        found = lm_cells(rows, options)
-        return found[(found["profile"] == profile) & ~found["packed"].astype(bool) & (found["mixer"] == mixer)]
-
-    lines = []
-    in_use, without = cells(resona), cells({**resona, "alpha": 1.0})
-    for cell in in_use[in_use["variant"] == "base"].to_dict("records"):
-        lines.append((VARIANT_NAMES["base"], "none", math.exp(cell["test_loss"])))
-    for cell in in_use[in_use["variant"] == "resona"].to_dict("records"):
-        lines.append(("+ Resona", "the chunks that it finds", math.exp(cell["test_loss"])))
-        lines.append(("the same weights", "random chunks of the past", cell["random_chunks_ppl"]))
-    for cell in without[without["variant"] == "resona"].to_dict("records"):
-        lines.append(("+ Resona, alpha 1", "trained without any weight", math.exp(cell["test_loss"])))
-    return pd.DataFrame([(mark(mixer).name, *line) for line in lines],
-                        columns=["backbone", "model", "retrieval", "test PPL"])  # fmt: skip
+    in_use = _losses(rows, profile, resona, mixer)
+    without = _losses(rows, profile, {**resona, "alpha": 1.0}, mixer)
+    base = in_use.get("base")
+    lines = [("Base model", "none", base), ("+ Resona", "the chunks that it finds", in_use.get("resona")),
+             ("the same weights", "random chunks of the past", in_use.get("random")),
+             ("+ Resona, alpha 1", "trained without any weight", without.get("resona"))]  # fmt: skip
+    return pd.DataFrame([
+        {"backbone": mark(mixer).name, "model": model, "retrieval": retrieval, "test PPL": math.exp(losses.mean()),
+         "nats below base": math.nan if losses is base else _below(losses, base)[0], "seeds": len(losses)}
+        for model, retrieval, losses in lines if losses is not None])  # fmt: skip
 
 
 def ablation_table(
-    rows: pd.DataFrame, profile: str, resona: Mapping[str, Any], mixer: str, changes: Mapping[str, Sequence[Any]]
+    rows: pd.DataFrame, profile: str, resona: Mapping[str, Any], changes: Mapping[str, Sequence[Any]]
 ) -> pd.DataFrame:
-    """One line a change of one Resona option, the options in use first: test PPL and nats a token below the base.
+    """One line a backbone and change of one Resona option, beside the options in use at the same seeds.
 
     Args:
-        rows: result rows. profile: whose. mixer: of which backbone. resona: the options in use.
+        rows: result rows. profile: whose. resona: the options in use.
         changes: option -> values that were tried in its place.
 
     Returns:
-        option, value, test PPL, sd (nats, over seeds), nats below base, seeds; lines that did not run are left out.
+        backbone, option, value, test PPL, `in use, same seeds` (test PPL), nats below in use, sd (of that difference,
+        over seeds), nats below base, seeds; lines that did not run are left out.
     """
     lines = []
-    for option, value in [("in use", ""), *((name, each) for name, values in changes.items() for each in values)]:
-        cells = lm_cells(rows, resona if option == "in use" else {**resona, option: value})
-        cells = cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool) & (cells["mixer"] == mixer)]
-        losses = cells.set_index("variant")["test_loss"]
-        if "resona" in losses:
-            cell = cells[cells["variant"] == "resona"].iloc[0]
-            lines.append((option, str(value), math.exp(losses["resona"]), cell["sd"],
-                          losses.get("base", math.nan) - losses["resona"], int(cell["seeds"])))
-    return pd.DataFrame(lines, columns=["option", "value", "test PPL", "sd", "nats below base", "seeds"])
+    for mixer in in_order(lm_cells(rows)["mixer"]):
+        in_use = _losses(rows, profile, resona, mixer)
+        for option, value in [(name, each) for name, values in changes.items() for each in values]:
+            changed = _losses(rows, profile, {**resona, option: value}, mixer).get("resona")
+            if changed is None or "resona" not in in_use:
+                continue
+            below, sd, shared = _below(changed, in_use["resona"])
+            lines.append({
+                "backbone": mark(mixer).name, "option": option, "value": str(value),
+                "test PPL": math.exp(changed[shared].mean()), "in use, same seeds":
+                math.exp(in_use["resona"][shared].mean()), "nats below in use": below, "sd": sd,
+                "nats below base": _below(changed, in_use.get("base"))[0], "seeds": len(shared)})  # fmt: skip
+    return pd.DataFrame(lines, columns=["backbone", "option", "value", "test PPL", "in use, same seeds",
+                                        "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
+
+
+def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any], mixer: str) -> dict[str, pd.Series]:
+    """Test losses by seed of each variant that ran; "random" are those of Resona when it reads random chunks."""
+    runs = lm_rows(rows, resona)
+    runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool) & (runs["mixer"] == mixer)]
+    found = {variant: part.set_index("seed")["test_loss"].astype(float) for variant, part in runs.groupby("variant")}
+    if "resona" in found:
+        read = runs[runs["variant"] == "resona"].set_index("seed")["random_chunks_ppl"].astype(float)
+        found["random"] = read.map(math.log)
+    return found
+
+
+def _below(losses: pd.Series, others: pd.Series | None) -> tuple[float, float, list[int]]:
+    """By how much losses are below others in the mean over the seeds that both have; the sd of that; those seeds."""
+    shared = [] if others is None else sorted(set(losses.index) & set(others.index))
+    difference = (others[shared] - losses[shared]) if shared else pd.Series(dtype=float)
+    return difference.mean(), difference.std(), shared
 
 
 def leak_table(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> pd.DataFrame:
