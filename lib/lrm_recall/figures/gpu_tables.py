@@ -19,6 +19,8 @@ _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 _TRAINERS = {"ours": "ours, fp32", "ours tf32": "ours, tf32", "ours bf16": "ours, bf16",
              "ours, no graph": "ours, kernel by kernel"}  # fmt: skip
 _SIDES = tuple(_TRAINERS)
+_STEP_SIDES = {"base": "alone", "resona": "with Resona, beside the mixer",
+               "resona, one stream": "with Resona, behind the mixer"}  # fmt: skip
 
 
 def models_table(rows: Sequence[Row]) -> pd.DataFrame:
@@ -101,6 +103,28 @@ def resona_decoding_table(rows: Sequence[Row]) -> pd.DataFrame:
          "paper, alone, ms": f"{alone['paper']:,.0f}", "paper, with Resona, ms": f"{resona['paper']:,.0f}",
          "paper's ratio": f"{resona['paper_ratio']:.2f}"}
         for (model, length), (alone, resona) in _pairs(paper_cost_table(ours, 6)).items()
+    ])  # fmt: skip
+
+
+def resona_step_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """What a Resona layer adds to a decoded token, its retrieval beside the mixer and behind it; the newest rows."""
+    found = {(row["config"]["length"], row["config"]["side"]): row["metrics"]
+             for row in rows if row["experiment"] == "bench_gpu_resona_decode"}  # fmt: skip
+    return pd.DataFrame([
+        {"tokens before": f"{length:,}", "GLA, 1.3B": _STEP_SIDES[side], "the graph, us": f"{metrics['replay_us']:,.0f}",
+         "ratio": f"{metrics['replay_us_ratio']:.3f}", "128 tokens, ms": f"{metrics['decode_ms']:.0f}",
+         "least to most": f"{metrics['decode_ms_least']:.0f} to {metrics['decode_ms_most']:.0f}",
+         "ratio of these": f"{metrics['decode_ms_ratio']:.3f}"}
+        for (length, side), metrics in sorted(found.items())
+    ])  # fmt: skip
+
+
+def sanitizer_table(rows: Sequence[Row]) -> pd.DataFrame:
+    """What compute-sanitizer found in our kernels; the newest row of each tool."""
+    newest = {row["config"]["tool"]: row for row in rows if row["experiment"] == "bench_gpu_sanitize"}
+    return pd.DataFrame([
+        {"tool": tool, "tests": row["metrics"]["tests"], "errors": row["metrics"]["errors"],
+         "seconds": f"{row['runtime_s']:.0f}"} for tool, row in sorted(newest.items())
     ])  # fmt: skip
 
 
@@ -229,9 +253,11 @@ TABLES: dict[str, Callable[[Sequence[Row]], pd.DataFrame]] = {
     "tuning": tuning_table,
     "resona": resona_table,
     "resona decoding": resona_decoding_table,
+    "resona step": resona_step_table,
     "resona training": resona_training_table,
     "search": search_table,
     "chunk attention": chunk_attention_table,
+    "sanitizer": sanitizer_table,
     "small models": small_models_table,
     "mad": mad_table,
     "throughput": throughput_table,
