@@ -184,6 +184,11 @@ def test_a_change_of_one_seed_is_held_against_that_seed(rows):
     (line,) = ablation_table(both, "smoke", in_use, {"gate": ["none"]}).to_dict("records")
     assert (line["backbone"], line["seeds"]) == ("GLA", 1)
     assert [line[name] for name in ("nats below in use", "nats below base")] == pytest.approx([0.1, 1.1])
+    (more,) = [run for run in grid(["gla"], gate="none", seeds=(2,)) if run.variant == "resona"]
+    losses = zip((*base, *resona, more), (5.0, 3.0, 4.0, 2.5, 3.9), strict=True)
+    other = frame([make(run, loss) for run, loss in losses])
+    assert ablation_table(other, "smoke", in_use, {"gate": ["none"]}).empty  # no seed to hold it against
+    assert list(retrieval_control(both, "paper", in_use, "gla").columns)[:2] == ["backbone", "model"]
     control = retrieval_control(both, "smoke", in_use, "gla").set_index("model")
     assert control.loc["+ Resona", "nats below base"] == pytest.approx(0.75)
 

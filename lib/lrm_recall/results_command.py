@@ -65,9 +65,9 @@ def _check_profiles(rows: Sequence[Row], into: Path) -> None:
     """
     group, _, profile = into.name.removesuffix(".jsonl").partition(".")
     strange = sorted({row["profile"] for row in rows} - {profile})
-    if profile and strange:
-        raise ParameterError([f"rows of profile {', '.join(strange)} do not belong into {into}; their file is "
-                              f"{group}.{strange[0]}.jsonl"])
+    if into.suffix == ".jsonl" and profile and strange:
+        files = ", ".join(f"{group}.{each}.jsonl" for each in strange)
+        raise ParameterError([f"rows of profile {', '.join(strange)} do not belong into {into}, but into {files}"])
 
 
 def _merged(merge: Merge) -> str:

@@ -21,7 +21,6 @@ from lrm_recall.config import RecurrentLMConfig
 from lrm_recall.model import RecurrentLM, mark_outputs
 from lrm_recall.options import check_type
 from lrm_recall.resona.layer import Resona
-from lrm_recall.train.device import usable_device
 
 
 def load(
@@ -55,7 +54,7 @@ def load(
             tensors that are missing, unexpected or of another shape, pickles that are not trusted, a device that is
             not there.
     """
-    device = torch.device(usable_device(str("cpu" if device is None else device)))  # before gigabytes are fetched
+    device = _usable("cpu" if device is None else device)  # before gigabytes are fetched
     dtype = _floating_dtype(dtype)
     directory = find_directory(
         name_or_path, revision=revision, trust_pickle=trust_pickle, local_files_only=local_files_only
@@ -130,3 +129,11 @@ def _floating_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16 or 'bfloat16', got {dtype!r}")
     return named
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """The device that is meant, if tensors can be made there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {str(device)!r} is not available here") from None

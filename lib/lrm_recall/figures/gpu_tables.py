@@ -111,8 +111,9 @@ def resona_step_table(rows: Sequence[Row]) -> pd.DataFrame:
     found = {(row["config"]["length"], row["config"]["side"]): row["metrics"]
              for row in rows if row["experiment"] == "bench_gpu_resona_decode"}  # fmt: skip
     return pd.DataFrame([
-        {"tokens before": f"{length:,}", "GLA, 1.3B": _STEP_SIDES[side], "the graph, us": f"{metrics['replay_us']:,.0f}",
-         "ratio": f"{metrics['replay_us_ratio']:.3f}", "128 tokens, ms": f"{metrics['decode_ms']:.0f}",
+        {"tokens before": f"{length:,}", "GLA, 1.3B": _STEP_SIDES[side],
+         "the graph, us": f"{metrics['replay_us']:,.0f}", "ratio": f"{metrics['replay_us_ratio']:.3f}",
+         "128 tokens, ms": f"{metrics['decode_ms']:.0f}",
          "least to most": f"{metrics['decode_ms_least']:.0f} to {metrics['decode_ms_most']:.0f}",
          "ratio of these": f"{metrics['decode_ms_ratio']:.3f}"}
         for (length, side), metrics in sorted(found.items())

@@ -31,7 +31,8 @@ def retrieval_control(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any
     return pd.DataFrame([
         {"backbone": mark(mixer).name, "model": model, "retrieval": retrieval, "test PPL": math.exp(losses.mean()),
          "nats below base": math.nan if losses is base else _below(losses, base)[0], "seeds": len(losses)}
-        for model, retrieval, losses in lines if losses is not None])  # fmt: skip
+        for model, retrieval, losses in lines if losses is not None
+    ], columns=["backbone", "model", "retrieval", "test PPL", "nats below base", "seeds"])  # fmt: skip
 
 
 def ablation_table(
@@ -45,7 +46,7 @@ def ablation_table(
 
     Returns:
         backbone, option, value, test PPL, `in use, same seeds` (test PPL), nats below in use, sd (of that difference,
-        over seeds), nats below base, seeds; lines that did not run are left out.
+        over seeds), nats below base, seeds; changes that did not run at a seed of the options in use are left out.
     """
     lines = []
     for mixer in in_order(lm_cells(rows)["mixer"]):
@@ -55,11 +56,13 @@ def ablation_table(
             if changed is None or "resona" not in in_use:
                 continue
             below, sd, shared = _below(changed, in_use["resona"])
+            if not shared:
+                continue
             lines.append({
                 "backbone": mark(mixer).name, "option": option, "value": str(value),
                 "test PPL": math.exp(changed[shared].mean()), "in use, same seeds":
                 math.exp(in_use["resona"][shared].mean()), "nats below in use": below, "sd": sd,
-                "nats below base": _below(changed, in_use.get("base"))[0], "seeds": len(shared)})  # fmt: skip
+                "nats below base": _below(changed[shared], in_use.get("base"))[0], "seeds": len(shared)})  # fmt: skip
     return pd.DataFrame(lines, columns=["backbone", "option", "value", "test PPL", "in use, same seeds",
                                         "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
 
@@ -70,8 +73,9 @@ def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any], mixer: 
     runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool) & (runs["mixer"] == mixer)]
     found = {variant: part.set_index("seed")["test_loss"].astype(float) for variant, part in runs.groupby("variant")}
     if "resona" in found:
-        read = runs[runs["variant"] == "resona"].set_index("seed")["random_chunks_ppl"].astype(float)
-        found["random"] = read.map(math.log)
+        read = runs[runs["variant"] == "resona"].set_index("seed")["random_chunks_ppl"].astype(float).dropna()
+        if len(read):
+            found["random"] = read.map(math.log)
     return found
 
 
