@@ -60,6 +60,7 @@ ablated_gates: list[str] = ["null_chunk", "none"]  # settings that the ablation 
 ablated_memory_norms: list[bool] = [True]  # settings that the ablation crosses with each other
 control_mixers: list[str] = ["gla"]  # base models of the control with other initial embeddings
 control_embedding: float = 0.02  # their standard deviation there (zoology's)
+control_examples: int = 0  # base models again with so many training examples, in as many steps; 0 for none
 precision: str = "fp32"  # matrix products on a GPU: fp32, or tf32 for speed
 mad_tasks: list[str] = ["in-context-recall", "compression"]  # MAD: tasks of Table 1
 mad_benchmark: str = "base"  # MAD: each task's base setting, or all that a score is the mean of
@@ -87,9 +88,9 @@ from lrm_recall import provenance
 from lrm_recall.figures.display import save, show
 from lrm_recall.figures.mad_table1 import mad_table1, mad_table1_markdown
 from lrm_recall.figures.mqar_ablation import ablation_markdown, ablation_table, mqar_ablation
+from lrm_recall.figures.mqar_base_controls import base_control
 from lrm_recall.figures.mqar_claim import claim_in_words, mqar_claim
 from lrm_recall.figures.mqar_curves import mqar_curves
-from lrm_recall.figures.mqar_embedding import embedding_table
 from lrm_recall.figures.mqar_explorer import knobs_in_words, turned_knobs
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
@@ -106,6 +107,8 @@ from lrm_recall.teach.mqar_explorer import tiny_run, train_tiny, turn_knobs
 from lrm_recall.train.device import usable_device
 from lrm_recall.train.rates import sweep_rates
 from lrm_recall.train.synthetic_runs import (
+    EMBEDDING,
+    EXAMPLES,
     ablated_corner,
     by_experiment,
     mqar_grid,
@@ -144,7 +147,7 @@ print("answer", " ".join(f"{'_' if token < 0 else token:>2}" for token in exampl
 # %%
 resona = resona_options(globals())  # of the parameters above
 asked = synthetic_runs(globals())
-main, ablation, narrow = asked.main, asked.ablation, asked.narrow
+main, ablation, narrow, examples = asked.main, asked.ablation, asked.narrow, asked.examples
 control = asked.control
 
 # %% [markdown]
@@ -256,9 +259,18 @@ Markdown("\n\n".join(ablation_markdown(table) for table in controls))
 # And base models, with the embeddings of this notebook beside zoology's smaller ones:
 
 # %%
-widths = embedding_table(rows, profile)
+widths = base_control(rows, profile, EMBEDDING)
 files += write_table(widths, output_dir, "mqar_control_embedding")
-Markdown(markdown(widths))
+Markdown(markdown(widths) if len(widths) else "Not asked for in this profile, or not run yet.")
+
+# %% [markdown]
+# Do they have too few examples? They can learn a small set by heart instead of the task. So, where `control_examples`
+# asks for it, once more with more examples in as many steps, each example seen less often:
+
+# %%
+crowds = base_control(rows, profile, EXAMPLES)
+files += write_table(crowds, output_dir, "mqar_control_examples")
+Markdown(markdown(crowds) if len(crowds) else "Not asked for in this profile, or not run yet.")
 
 # %% [markdown]
 # ## Table 1: the tasks of MAD

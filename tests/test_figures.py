@@ -13,10 +13,10 @@ from matplotlib.text import Text
 
 from lrm_recall.figures import display
 from lrm_recall.figures.mqar_ablation import ablation_table, mqar_ablation
+from lrm_recall.figures.mqar_base_controls import base_control
 from lrm_recall.figures.mqar_cells import chosen_runs, mqar_cells, mqar_runs
 from lrm_recall.figures.mqar_claim import claim_in_words, mqar_claim
 from lrm_recall.figures.mqar_curves import mqar_curves
-from lrm_recall.figures.mqar_embedding import embedding_table
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown, verdict_counts
@@ -401,7 +401,22 @@ def test_rows_of_mad_beside_them_change_nothing():
     assert {str(cells[name].dtype) for name in ("length", "pairs", "d_model", "num_train")} == {"int64"}
 
 
+def test_a_control_compares_at_the_rates_that_both_sides_have():
+    few = [row(profile="paper", num_train=20_000, learning_rate=rate, accuracy=score)
+           for rate, score in ((0.01, 0.3), (0.001, 0.9))]
+    more = row(profile="paper", num_train=100_000, learning_rate=0.01, accuracy=0.8) | {"experiment": "mqar-examples"}
+    (line,) = base_control(frame([*few, more]), "paper", "mqar-examples").to_dict("records")
+    assert (line["rates"], line["20,000 examples"], line["100,000 examples"]) == (1, "0.300", "0.800")
+    better = row(profile="paper", num_train=100_000, learning_rate=0.0001, accuracy=1.0) | {
+        "experiment": "mqar-examples"}
+    assert base_control(frame([*few, more, better]), "paper", "mqar-examples").to_dict("records") == [line]
+    old = row(profile="paper", num_train=500, learning_rate=0.01, created="2020-01-01T00:00:00.000+00:00")
+    beside = row(profile="paper") | {"experiment": "mad", "config": {"mixer": "rwkv5"}}  # lacks columns: NaN, so floats
+    table = base_control(frame([old, *few, more, beside]), "paper", "mqar-examples")
+    assert table.to_dict("records") == [line] and {str(table[name].dtype) for name in ("length", "pairs")} == {"int64"}
+
+
 def test_without_base_models_the_other_embeddings_have_no_lines():
     rows = frame([row(layers=[0], profile="paper", embedding_range=0.1)])
-    assert embedding_table(rows, "paper").empty and "No base model that ran" in claim_in_words(
+    assert base_control(rows, "paper", "mqar-embedding").empty and "No base model that ran" in claim_in_words(
         mqar_claim(rows, "paper", RESONA))

@@ -20,11 +20,11 @@ from notebook_scope import WORKBOOK, scope_of
 from sweep_runs import QuickRun
 
 from lrm_recall import results, sweep_command
-from lrm_recall.figures.mqar_embedding import EXPERIMENT
+from lrm_recall.figures.mqar_base_controls import CONTROLS
 from lrm_recall.results import ResultStore
 from lrm_recall.rows import make_row
 from lrm_recall.sweep_choice import chosen, condition, shard
-from lrm_recall.train.synthetic_runs import EMBEDDING, by_experiment, synthetic_experiments, synthetic_runs
+from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES, by_experiment, synthetic_experiments, synthetic_runs
 from lrm_recall.train.trials import cell_of
 from lrm_recall.workbook import Workbook, main
 
@@ -67,9 +67,9 @@ def store(tmp_path) -> ResultStore:
 def test_the_command_asks_for_the_runs_of_the_notebook(profile):
     scope = scope_of(NAME, profile, "control")
     mine = synthetic_runs(WORKBOOK.parameters(NAME, profile, {}))
-    for name in ("main", "ablation", "control", "narrow"):
+    for name in ("main", "ablation", "control", "narrow", "examples"):
         assert getattr(mine, name) == scope[name], name
-    assert EMBEDDING == EXPERIMENT, "the figure looks for the rows under this name"
+    assert {EMBEDDING, EXAMPLES} == set(CONTROLS), "the tables look for the rows under these names"
 
 
 def test_a_sweep_leaves_rows_and_the_next_one_does_nothing(sweep, store):
@@ -132,6 +132,14 @@ def test_failed_runs_are_told_and_tried_again_on_request(sweep, store):
         (["--only", "mixr=gla"], "--only mixr: no run has such a field (did you mean 'mixer'?); there are: batch_size"),
         (["--only", "mixer=mamba"], "--only mixer=mamba: no run fits"),
         (["--only", "mixer"], "--only mixer: must be KEY=VALUE"),
+        (["-p", "lengths=[[64, 4]]"], "a line of lengths must be [input length, key-value pairs, batch size], got"),
+        (["-p", "top_k=9"], "top_k must be at most 8, the chunks of 2 in an input of 16, got 9"),
+        (["-p", "top_k=2", "-p", "chunk_size=32"], "top_k must be at most 1, the chunks of 32 in an input"),
+        (["-p", "control_examples=-5"], "control_examples must be at least 0, got -5"),
+        (["-p", "budget=-1"], "budget must be at least 0, got -1"),
+        (["-p", "workers=0"], "workers must be at least 1, got 0"),
+        (["--results", __file__], f"--results {__file__}: {__file__} is a file, not a folder"),
+        (["--results", f"{__file__}/rows", "--dry-run"], f"--results {__file__}/rows: {__file__} is a file"),
         (["--device", "cuda:77"], "device 'cuda:77' is not available here; allowed: cpu"),
     ],
 )
@@ -219,7 +227,7 @@ def test_shards_are_disjoint_and_whole_and_keep_groups_together(count):
 
 def _row(seed: int, second: int, ok: bool) -> dict:
     row = make_row(experiment="quick", config=vars(QuickRun(seed)), seed=seed, data={"source": "", "revision": ""},
-                   code="", profile="smoke", machine={}, error=None if ok else "RuntimeError: no",
+                   code="", profile="paper", machine={}, error=None if ok else "RuntimeError: no",
                    metrics={"accuracy": float(second)})  # fmt: skip
     return row | {"created": f"2026-01-01T00:00:{second:02}.000+00:00"}
 
@@ -280,6 +288,17 @@ def test_rows_of_machines_come_together_in_the_file_of_their_name(places, capsys
     assert "0 rows of new keys, 1 in place of" in capsys.readouterr().out and len(ResultStore(into).rows()) == 3
     assert main(["results", "merge", str(into), "--into", "elsewhere.jsonl"]) == 0
     assert ResultStore("elsewhere.jsonl").rows() == ResultStore(into).rows()
+
+
+def test_rows_of_another_profile_are_not_merged(places, capsys):
+    into, (one, other) = places
+    wrong = into.with_name("synthetic.laptop.jsonl")
+    assert main(["results", "merge", str(one), str(other), "--into", str(wrong)]) == 2
+    assert capsys.readouterr().err == (
+        f"lrm-recall: rows of profile paper do not belong into {wrong}, but into synthetic.paper.jsonl\n"
+    )
+    assert not wrong.exists()
+    assert main(["results", "merge", str(one), str(other), "--into", "rows.bak"]) == 0  # named after no profile
 
 
 def test_a_merge_that_cannot_be_is_one_line_and_changes_nothing(places, capsys, monkeypatch):

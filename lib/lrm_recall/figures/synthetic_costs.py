@@ -6,7 +6,8 @@ import pandas as pd
 
 from lrm_recall.progress import duration
 
-_EXPERIMENTS = {"mqar": "MQAR", "mqar-embedding": "MQAR, other embeddings", "mad": "MAD"}
+_EXPERIMENTS = {"mqar": "MQAR", "mqar-embedding": "MQAR, other embeddings",
+                "mqar-examples": "MQAR, more examples", "mad": "MAD"}  # fmt: skip
 
 
 def synthetic_costs(rows: pd.DataFrame) -> pd.DataFrame:

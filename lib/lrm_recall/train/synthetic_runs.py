@@ -17,7 +17,8 @@ from lrm_recall.train.mad import MADRun, run_mad
 from lrm_recall.train.synthetic import MQARRun, run_mqar
 
 GROUP = "synthetic"  # of the rows: outputs/results/synthetic.<profile>.jsonl
-EMBEDDING = "mqar-embedding"  # experiment of the runs with other initial embeddings, kept out of figures by its name
+# Experiments of base models that differ from those of the figures, and are kept out of these by their names
+EMBEDDING, EXAMPLES = "mqar-embedding", "mqar-examples"
 BENCHMARKS = ("base", "all")  # of MAD: each task's base setting, or all that a MAD score is the mean of
 
 
@@ -28,6 +29,7 @@ class SyntheticRuns(NamedTuple):
     ablation: list[MQARRun]  # what the paper leaves open: encoder, gate, normalised memory, crossed
     control: list[MQARRun]  # retrieval that cannot help: without weight in the output, or without the value in a chunk
     narrow: list[MQARRun]  # base models with other initial embeddings
+    examples: list[MQARRun]  # base models with more examples, in as many steps
     mad: list[MADRun]  # Table 1
 
 
@@ -42,6 +44,7 @@ def synthetic_runs(parameters: Mapping[str, Any]) -> SyntheticRuns:
         KeyError: a parameter is not there.
         ValueError: parameters of runs that cannot be.
     """
+    _check(parameters)
     p, corner = parameters, ablated_corner(parameters)
     crossed = product(p["ablated_encoders"], p["ablated_gates"], p["ablated_memory_norms"])
     return SyntheticRuns(
@@ -51,17 +54,49 @@ def synthetic_runs(parameters: Mapping[str, Any]) -> SyntheticRuns:
         control=mqar_grid(p, **corner) + mqar_grid(p, **corner, alpha=1.0) + mqar_grid(p, **corner, chunk_size=1),
         narrow=mqar_grid(p, mixers=p["control_mixers"], lengths=p["lengths"][:1], variants=["base"],
                          embedding_range=p["control_embedding"]),
+        examples=_more_examples(p),
         mad=mad_grid_of(p) if p.get("mad_tasks") else [],
     )
 
 
+def _more_examples(p: Mapping[str, Any]) -> list[MQARRun]:
+    """Base models at the first length with `control_examples` to train on, each seen less often; none for 0."""
+    if not p["control_examples"]:
+        return []
+    epochs = max(1, round(p["max_epochs"] * p["num_train"] / p["control_examples"]))
+    more = {**p, "num_train": p["control_examples"], "max_epochs": epochs}
+    return mqar_grid(more, lengths=p["lengths"][:1], variants=["base"])
+
+
+def _check(parameters: Mapping[str, Any]) -> None:
+    """Refuse what no run looks at by itself: how runs are started, and lines of `lengths` that are not three numbers.
+
+    Raises:
+        ValueError: such a parameter; or more chunks to look into than the longest input has, which would train alike,
+            only slower.
+    """
+    for name, least in (("workers", 1), ("budget", 0)):
+        value = parameters.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if parameters["control_examples"] < 0:
+        raise ValueError(f"control_examples must be at least 0, got {parameters['control_examples']}")
+    for line in parameters["lengths"]:
+        if len(line) != 3:
+            raise ValueError(f"a line of lengths must be [input length, key-value pairs, batch size], got {line}")
+    chunk_size, top_k = parameters["chunk_size"], parameters["top_k"]
+    longest = max((line[0] for line in parameters["lengths"]), default=None)
+    if longest is not None and chunk_size >= 1 and top_k > (most := max(1, longest // chunk_size)):
+        raise ValueError(f"top_k must be at most {most}, the chunks of {chunk_size} in an input of {longest}, "
+                         f"got {top_k}")
+
+
 def synthetic_experiments(device: str) -> dict[str, Experiment]:
-    """The experiments that the runs belong to, by name: "mqar", EMBEDDING and "mad"."""
+    """The experiments that the runs belong to, by name: "mqar", EMBEDDING, EXAMPLES and "mad"."""
     mqar = {"run": partial(run_mqar, device=device), "modules": synthetic.code_modules, "cost": grid.expected_seconds,
             "data": {"source": "lrm_recall.tasks.mqar", "revision": "generated"}}
     return {
-        "mqar": Experiment("mqar", **mqar),
-        EMBEDDING: Experiment(EMBEDDING, **mqar),
+        **{name: Experiment(name, **mqar) for name in ("mqar", EMBEDDING, EXAMPLES)},
         "mad": Experiment("mad", partial(run_mad, device=device), {"source": "lrm_recall.tasks.mad",
                           "revision": "generated"}, mad.code_modules, mad_grid.expected_seconds),
     }  # fmt: skip
@@ -69,7 +104,8 @@ def synthetic_experiments(device: str) -> dict[str, Experiment]:
 
 def by_experiment(runs: SyntheticRuns) -> dict[str, list]:
     """The runs of each experiment."""
-    return {"mqar": runs.main + runs.ablation + runs.control, EMBEDDING: runs.narrow, "mad": runs.mad}
+    return {"mqar": runs.main + runs.ablation + runs.control, EMBEDDING: runs.narrow, EXAMPLES: runs.examples,
+            "mad": runs.mad}
 
 
 def resona_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
