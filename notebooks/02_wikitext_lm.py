@@ -225,8 +225,9 @@ Markdown(markdown(helpless))
 
 # %%
 ablations = ablation_table(rows, profile, resona, ablated)
-files += write_table(ablations, output_dir, "lm_ablation")
-Markdown(markdown(ablations))
+ablations_text = markdown(ablations) if len(ablations) else "No other choices were tried in this profile."
+files += write_table(ablations, output_dir, "lm_ablation", ablations_text)
+Markdown(ablations_text)
 
 # %% [markdown]
 # ## What leaks between packed articles
