@@ -259,18 +259,22 @@ Markdown("\n\n".join(ablation_markdown(table) for table in controls))
 # And base models, with the embeddings of this notebook beside zoology's smaller ones:
 
 # %%
-widths = base_control(rows, profile, EMBEDDING)
-files += write_table(widths, output_dir, "mqar_control_embedding")
-Markdown(markdown(widths) if len(widths) else "Not asked for in this profile, or not run yet.")
+def base_control_shown(experiment, name):
+    """Write the table of a control of the base models; show it, or say that there is none."""
+    table = base_control(rows, profile, experiment)
+    text = markdown(table) if len(table) else "Not asked for in this profile, or not run yet."
+    files.extend(write_table(table, output_dir, name, text))
+    return Markdown(text)
+
+
+base_control_shown(EMBEDDING, "mqar_control_embedding")
 
 # %% [markdown]
 # Do they have too few examples? They can learn a small set by heart instead of the task. So, where `control_examples`
 # asks for it, once more with more examples in as many steps, each example seen less often:
 
 # %%
-crowds = base_control(rows, profile, EXAMPLES)
-files += write_table(crowds, output_dir, "mqar_control_examples")
-Markdown(markdown(crowds) if len(crowds) else "Not asked for in this profile, or not run yet.")
+base_control_shown(EXAMPLES, "mqar_control_examples")
 
 # %% [markdown]
 # ## Table 1: the tasks of MAD
