@@ -98,7 +98,8 @@ def resona_step_reference(
     x: Tensor, mixed: Tensor, table: Tensor, ids: Tensor, length: Tensor, offset: Tensor, embedding: Tensor,
     weights: Weights, *, top_k: int, num_heads: int, chunk_size: int,
 ) -> Tensor:  # fmt: skip
-    """What `resona_step` computes, in plain torch with keys and values written out; the table is changed in place."""
+    """What `retrieve`, `mix` and `encode_newest` compute together, in plain torch with keys and values written out; the
+    table is changed in place."""
     w, (batch, capacity) = weights, ids.shape
     positions = length - offset  # [B]
 
@@ -448,30 +449,6 @@ def _chunk_rows(pooled, w_chunk, at, columns, E: tl.constexpr, D: tl.constexpr):
     mask = (at < E)[:, None] & (columns < D)[None, :]
     a = tl.load(w_chunk + at[:, None] * D + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     return tl.sum(a * pooled[None, :], axis=1)
-
-
-def resona_step(
-    x: Tensor, mixed: Tensor, table: Tensor, ids: Tensor, length: Tensor, offset: Tensor, embedding: Tensor,
-    weights: Weights, *, top_k: int, num_heads: int, chunk_size: int,
-) -> Tensor:  # fmt: skip
-    """One token of a Resona layer, everything behind its mixer: `retrieve`, `mix` and `encode_newest` on one stream.
-
-    Args:
-        mixed: [B, D] what the mixer made of x.
-        x, table, ids, length, offset, embedding, weights, top_k, num_heads, chunk_size: as for `retrieve`; where the
-            new token completes a chunk, that chunk's embedding is written into the table.
-
-    Returns:
-        [B, D] in x's dtype; `mixed` itself in rows in which no chunk is complete.
-
-    Raises:
-        ValueError: more rows, chunks, heads, channels or tokens a chunk than the kernels take (`fits`).
-    """
-    found = retrieve(x, table, ids, length, offset, embedding, weights,
-                     top_k=top_k, num_heads=num_heads, chunk_size=chunk_size)  # fmt: skip
-    y = mix(found, mixed, weights)  # [B, D]
-    encode_newest(table, ids, length, offset, embedding, weights, chunk_size=chunk_size)
-    return y
 
 
 def retrieve(

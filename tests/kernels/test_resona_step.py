@@ -7,7 +7,7 @@ from conftest import make_model
 from decoding_checks import assert_steps_agree, plain_loop
 
 from lrm_kernels import resona_step as resona_step_module
-from lrm_kernels.resona_step import Weights, encode_newest, fits, mix, resona_step, resona_step_reference, retrieve
+from lrm_kernels.resona_step import Weights, encode_newest, fits, mix, resona_step_reference, retrieve
 from lrm_recall.ops.dispatch import Unsupported
 from lrm_recall.ops.libraries import own
 from lrm_recall.resona import integrate, search
@@ -56,6 +56,15 @@ def in_float32(arguments):
             tuple(map(wide, value)) if isinstance(value, tuple) else value)  # fmt: skip
 
     return {name: wide(value) for name, value in arguments.items()}
+
+
+def resona_step(x, mixed, table, ids, length, offset, embedding, weights, **sizes):
+    """The three parts in the order of `lrm_recall.ops.libraries.own`, on one stream."""
+    tokens = (ids, length, offset, embedding)
+    found = retrieve(x, table, *tokens, weights, **sizes)
+    y = mix(found, mixed, weights)  # [B, D]
+    encode_newest(table, *tokens, weights, chunk_size=sizes["chunk_size"])
+    return y
 
 
 def check(arguments, dtype=torch.float32):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -22,8 +23,8 @@ def retrieval_control(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any
         backbone, model, retrieval, test PPL (by token), nats below base (at the same seeds), seeds; lines that did not
         run are left out.
     """
-    in_use = _losses(rows, profile, resona, mixer)
-    without = _losses(rows, profile, {**resona, "alpha": 1.0}, mixer)
+    in_use = _losses(rows, profile, resona).get(mixer, {})
+    without = _losses(rows, profile, {**resona, "alpha": 1.0}).get(mixer, {})
     base = in_use.get("base")
     lines = [("Base model", "none", base), ("+ Resona", "the chunks that it finds", in_use.get("resona")),
              ("the same weights", "random chunks of the past", in_use.get("random")),
@@ -48,34 +49,37 @@ def ablation_table(
         backbone, option, value, test PPL, `in use, same seeds` (test PPL), nats below in use, sd (of that difference,
         over seeds), nats below base, seeds; changes that did not run at a seed of the options in use are left out.
     """
-    lines = []
-    for mixer in in_order(lm_cells(rows)["mixer"]):
-        in_use = _losses(rows, profile, resona, mixer)
-        for option, value in [(name, each) for name, values in changes.items() for each in values]:
-            changed = _losses(rows, profile, {**resona, option: value}, mixer).get("resona")
-            if changed is None or "resona" not in in_use:
-                continue
-            below, sd, shared = _below(changed, in_use["resona"])
-            if not shared:
-                continue
-            lines.append({
-                "backbone": mark(mixer).name, "option": option, "value": str(value),
-                "test PPL": math.exp(changed[shared].mean()), "in use, same seeds":
-                math.exp(in_use["resona"][shared].mean()), "nats below in use": below, "sd": sd,
-                "nats below base": _below(changed[shared], in_use.get("base"))[0], "seeds": len(shared)})  # fmt: skip
+    lines, in_use = [], _losses(rows, profile, resona)
+    tried = [(option, value, _losses(rows, profile, {**resona, option: value}))
+             for option, values in changes.items() for value in values]  # fmt: skip
+    for mixer, (option, value, found) in product(in_order(in_use), tried):
+        ours, changed = in_use[mixer].get("resona"), found.get(mixer, {}).get("resona")
+        if ours is None or changed is None:
+            continue
+        below, sd, shared = _below(changed, ours)
+        if not shared:
+            continue
+        lines.append({
+            "backbone": mark(mixer).name, "option": option, "value": str(value),
+            "test PPL": math.exp(changed[shared].mean()), "in use, same seeds": math.exp(ours[shared].mean()),
+            "nats below in use": below, "sd": sd,
+            "nats below base": _below(changed[shared], in_use[mixer].get("base"))[0], "seeds": len(shared),
+        })  # fmt: skip
     return pd.DataFrame(lines, columns=["backbone", "option", "value", "test PPL", "in use, same seeds",
                                         "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
 
 
-def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any], mixer: str) -> dict[str, pd.Series]:
-    """Test losses by seed of each variant that ran; "random" are those of Resona when it reads random chunks."""
+def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> dict[str, dict[str, pd.Series]]:
+    """Test losses by seed, by mixer and variant that ran; "random" are those of Resona when it reads random chunks."""
     runs = lm_rows(rows, resona)
-    runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool) & (runs["mixer"] == mixer)]
-    found = {variant: part.set_index("seed")["test_loss"].astype(float) for variant, part in runs.groupby("variant")}
-    if "resona" in found:
-        read = runs[runs["variant"] == "resona"].set_index("seed")["random_chunks_ppl"].astype(float).dropna()
-        if len(read):
-            found["random"] = read.map(math.log)
+    runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool)]
+    found: dict[str, dict[str, pd.Series]] = {}
+    for (mixer, variant), part in runs.groupby(["mixer", "variant"]):
+        part = part.set_index("seed")
+        found.setdefault(mixer, {})[variant] = part["test_loss"].astype(float)
+        read = part["random_chunks_ppl"].astype(float).dropna()
+        if variant == "resona" and len(read):
+            found[mixer]["random"] = read.map(math.log)
     return found
 
 

@@ -7,10 +7,13 @@ import pandas as pd
 from lrm_recall.figures.mqar_cells import mqar_cells, mqar_runs
 from lrm_recall.figures.style import mark
 from lrm_recall.figures.tables import mean_sd
+from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES
 
-# By experiment, whose name keeps these rows out of Figure 5 and Table 11: what differs, and its words in a table
-CONTROLS = {"mqar-embedding": ("config.embedding_range", "embeddings {:g}"),
-            "mqar-examples": ("config.num_train", "{:,.0f} examples")}  # fmt: skip
+# What differs, and its words in a table
+CONTROLS = {
+    EMBEDDING: ("config.embedding_range", "embeddings {:g}"),
+    EXAMPLES: ("config.num_train", "{:,.0f} examples"),
+}
 _PLACE = ["mixer", "length", "pairs", "d_model"]
 _TRIAL = [*_PLACE, "learning_rate", "seed"]
 

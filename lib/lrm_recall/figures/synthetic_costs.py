@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from lrm_recall.progress import duration
+from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES
 
-_EXPERIMENTS = {"mqar": "MQAR", "mqar-embedding": "MQAR, other embeddings",
-                "mqar-examples": "MQAR, more examples", "mad": "MAD"}  # fmt: skip
+_EXPERIMENTS = {"mqar": "MQAR", EMBEDDING: "MQAR, other embeddings", EXAMPLES: "MQAR, more examples", "mad": "MAD"}
 
 
 def synthetic_costs(rows: pd.DataFrame) -> pd.DataFrame:
