@@ -165,12 +165,21 @@ def test_workers_must_be_positive(store, tmp_path, workers):
 
 
 def test_no_run_is_started_after_the_deadline_and_the_cheapest_go_first(store, tmp_path):
-    runs = [QuickRun(seed, sleep_s=0.2, log=str(tmp_path / "log")) for seed in range(4)]
+    runs = [QuickRun(seed, sleep_s=0.4, log=str(tmp_path / "log")) for seed in range(4)]
     costs = experiment(cost=lambda run: 10.0 - run.seed)
-    rows = quietly(runs, costs, store, deadline=time.monotonic() + 0.3)
+    rows = quietly(runs, costs, store, deadline=time.monotonic() + 1.1)
     assert [row["seed"] for row in rows] == [2, 3] and begun(tmp_path) == [2, 3]
     assert quietly(runs[:2], costs, store, deadline=time.monotonic() - 1) == [] and begun(tmp_path) == []
     assert len(quietly(runs, costs, store, deadline=time.monotonic() + 60)) == 4 and begun(tmp_path) == [0, 1]
+
+
+def test_no_run_is_started_that_would_end_after_the_deadline(store, tmp_path):
+    lasts = [0.1, 0.1, 0.1, 3.0, 0.2]
+    runs = [QuickRun(seed, sleep_s=seconds, log=str(tmp_path / "log")) for seed, seconds in enumerate(lasts)]
+    costs = experiment(cost=lambda run: 7 * run.sleep_s)  # seconds of another machine
+    assert len(quietly(runs, costs, store, deadline=time.monotonic() + 2)) == 4
+    assert begun(tmp_path) == [0, 1, 2, 4], "the long one would have begun in time"
+    assert len(quietly(runs, costs, store, deadline=time.monotonic() + 2)) == 5, "nothing is known: it is tried"
 
 
 # --- machines that share nothing

@@ -185,9 +185,9 @@ def run_sweep(
             ("tcp://127.0.0.1:8786") hands the runs to the Dask cluster there. A script that asks for
             processes needs the usual `if __name__ == "__main__":`; a notebook does not.
         retry_failed, fresh: as in `plan_sweep`.
-        deadline: a time of `time.monotonic()` after which no run is started, the cheapest having gone first, in the
-            ranks that `turns` gives; those under way are finished, and those not started have no row in what is
-            returned.
+        deadline: a time of `time.monotonic()` after which no run is started, nor before it one that would end later,
+            at the pace of those that have ended; the cheapest go first, in the ranks that `turns` gives. Those under
+            way are finished, and those not started have no row in what is returned.
         on_row: called with each new row, once it is on disk.
         turns: which runs may be done when; a run that need not be done has no row in what is returned. None for all
             at once.
@@ -247,7 +247,7 @@ def shard_of(groups: Mapping[Any, float], index: int, count: int) -> set[Any]:
 
 class _Queue:
     """The missing runs of a plan, handed out one by one: each in its turn, not those that another sweep has, and none
-    after the deadline.
+    that would end after the deadline.
 
     To an executor it is what a mapping from keys to descriptions would be, through `items` alone, which may be called
     again: it gives what can be done now and has not been given.
@@ -266,6 +266,8 @@ class _Queue:
         self._claims = Claims(store.path)
         self._news: list[Row] = []
         self._unneeded: list[str] = []
+        self._costs = plan.cost or dict.fromkeys(plan.missing, 1.0)
+        self._cost_done = self._seconds_done = 0.0
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Key and description of every run that can be done now, claimed the moment it is asked for."""
@@ -276,10 +278,10 @@ class _Queue:
         """The first run that can be done now, claimed; None where there is none."""
         place = 0
         while place < len(self.waiting):
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                self.waiting = []
-                return None
             key = self.waiting[place]
+            if not self._in_time(key):
+                self.waiting.pop(place)
+                continue
             turn = True if self._turns is None else self._turns(key)
             if turn is None:
                 self._unneeded.append(self.waiting.pop(place))
@@ -296,9 +298,20 @@ class _Queue:
             place = 0  # it may be another's turn now
         return None
 
+    def _in_time(self, key: str) -> bool:
+        """Whether the run, begun now, would end before the deadline, if it takes as long for its cost as those that
+        have ended."""
+        if self._deadline is None:
+            return True
+        pace = self._seconds_done / self._cost_done if self._cost_done else 0.0
+        return time.monotonic() + pace * self._costs[key] < self._deadline
+
     def stored(self, row: Row) -> None:
         """Note that `row` is in the store."""
         self.rows[row["key"]] = row
+        if row["status"] == "ok":
+            self._cost_done += self._costs[row["key"]]
+            self._seconds_done += row["runtime_s"]
         if self._turns is not None:
             self._turns.note(row)
         self._claims.release(row["key"])

@@ -87,3 +87,22 @@ def test_a_head_too_wide_for_a_kernel_runs_in_torch_and_says_so():
     mixer = mixer_class("deltanet")(512, num_heads=1).cuda().bfloat16()
     with pytest.warns(RuntimeWarning, match="at most 256 key channels per head, got 512"):
         mixer(torch.randn(1, 80, 512, device="cuda", dtype=torch.bfloat16))
+
+
+@torch.no_grad()
+def test_a_long_prompt_in_groups_of_channels(monkeypatch):
+    """Mamba's scan of a prompt that is read in groups: the same numbers, and states that keep nothing alive."""
+    from lrm_recall.ops.libraries import mamba_ssm
+
+    torch.manual_seed(0)
+    mixer = mixer_class("mamba")(D).cuda().bfloat16()
+    x = torch.randn(2, 4100, D, device="cuda").bfloat16()
+    caches = [{}, {}]
+    whole = mixer(x, Context(cache=caches[0]))
+    monkeypatch.setattr(mamba_ssm, "_LARGE", 1)
+    monkeypatch.setattr(mamba_ssm, "_GROUP", 96)
+    grouped = mixer(x, Context(cache=caches[1]))
+    assert torch.equal(grouped, whole)
+    for cache in caches:
+        assert cache["state"].untyped_storage().nbytes() == 4 * cache["state"].numel()
+    assert torch.equal(caches[0]["state"], caches[1]["state"])
