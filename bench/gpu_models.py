@@ -84,8 +84,8 @@ def size(model: nn.Module) -> int:
 
 
 def measure(run: Callable, models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, dict]:
-    """Median milliseconds and peak MB of each side."""
-    result = {side: {"ms": [], "peak_mb": 0.0} for side in models}
+    """Median milliseconds, those until the host has launched everything among them, and peak MB of each side."""
+    result = {side: {"ms": [], "host_ms": [], "peak_mb": 0.0} for side in models}
     for repeat in range(-max(1, min(2, repeats - 1)), repeats):  # the first compile
         for side, model in list(models.items())[:: 1 if repeat % 2 else -1]:  # neither side always comes first
             gc.collect()
@@ -94,12 +94,14 @@ def measure(run: Callable, models: dict[str, nn.Module], ids: torch.Tensor, repe
             others = sum(size(other) for name, other in models.items() if name != side)
             start = time.perf_counter()
             run(model, ids)
+            launched = time.perf_counter()
             torch.cuda.synchronize()
             if repeat >= 0:
+                result[side]["host_ms"].append(1e3 * (launched - start))
                 result[side]["ms"].append(1e3 * (time.perf_counter() - start))
                 result[side]["peak_mb"] = (torch.cuda.max_memory_allocated() - others) / 2**20
     for metrics in result.values():
-        metrics["ms"] = statistics.median(metrics["ms"])
+        metrics |= {name: statistics.median(metrics[name]) for name in ("ms", "host_ms")}
     return result
 
 
@@ -171,6 +173,7 @@ def _repeats(task: str, length: int, asked: int) -> int:
 def print_line(name: str, task: str, length: int, result: dict[str, dict], floor: float | None) -> None:
     a, b = result["ours"], result["fla"]
     line = f"{name:9} {task:8} {length:7}  ms {a['ms']:9.1f} / {b['ms']:9.1f} = {a['ms'] / b['ms']:5.3f}"
+    line += f" (the host {a['host_ms']:.1f} / {b['host_ms']:.1f})"
     line += f"   MB {a['peak_mb']:8.0f} / {b['peak_mb']:8.0f} = {a['peak_mb'] / b['peak_mb']:5.3f}"
     if floor:
         line += f"   decoding alone {a['decode_ms']:.0f} / {b['decode_ms']:.0f} ms, floor {floor:.0f}"
