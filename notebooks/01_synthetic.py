@@ -60,7 +60,7 @@ ablated_gates: list[str] = ["null_chunk", "none"]  # settings that the ablation 
 ablated_memory_norms: list[bool] = [True]  # settings that the ablation crosses with each other
 control_mixers: list[str] = ["gla"]  # base models of the control with other initial embeddings
 control_embedding: float = 0.02  # their standard deviation there (zoology's)
-control_examples: int = 0  # base models again with so many training examples, in as many steps; 0 for none
+control_examples: list[list[int]] = []  # base models again with other budgets: lines of training examples and epochs
 precision: str = "fp32"  # matrix products on a GPU: fp32, or tf32 for speed
 mad_tasks: list[str] = ["in-context-recall", "compression"]  # MAD: tasks of Table 1
 mad_benchmark: str = "base"  # MAD: each task's base setting, or all that a score is the mean of
@@ -271,7 +271,7 @@ base_control_shown(EMBEDDING, "mqar_control_embedding")
 
 # %% [markdown]
 # Do they have too few examples? They can learn a small set by heart instead of the task. So, where `control_examples`
-# asks for it, once more with more examples in as many steps, each example seen less often:
+# asks for it, once more with more examples: in as many steps, each example seen less often, and as often.
 
 # %%
 base_control_shown(EXAMPLES, "mqar_control_examples")

@@ -406,7 +406,8 @@ def test_a_control_compares_at_the_rates_that_both_sides_have():
            for rate, score in ((0.01, 0.3), (0.001, 0.9))]
     more = row(profile="paper", num_train=100_000, learning_rate=0.01, accuracy=0.8) | {"experiment": "mqar-examples"}
     (line,) = base_control(frame([*few, more]), "paper", "mqar-examples").to_dict("records")
-    assert (line["rates"], line["20,000 examples"], line["100,000 examples"]) == (1, "0.300", "0.800")
+    assert (line["rates"], line["accuracy"], line["its accuracy"]) == (1, "0.300", "0.800")
+    assert (line["in use"], line["control"]) == ("20,000 examples 16 times", "100,000 examples 16 times")
     better = row(profile="paper", num_train=100_000, learning_rate=0.0001, accuracy=1.0) | {
         "experiment": "mqar-examples"}
     assert base_control(frame([*few, more, better]), "paper", "mqar-examples").to_dict("records") == [line]
@@ -414,6 +415,19 @@ def test_a_control_compares_at_the_rates_that_both_sides_have():
     beside = row(profile="paper") | {"experiment": "mad", "config": {"mixer": "rwkv5"}}  # lacks columns: NaN, so floats
     table = base_control(frame([old, *few, more, beside]), "paper", "mqar-examples")
     assert table.to_dict("records") == [line] and {str(table[name].dtype) for name in ("length", "pairs")} == {"int64"}
+
+
+def test_every_budget_of_a_control_has_its_line_beside_the_papers_value():
+    few = row("rwkv4", profile="paper", d_model=64, accuracy=0.2)
+    more = [row("rwkv4", profile="paper", d_model=64, num_train=100_000, max_epochs=epochs,
+                accuracy=score) | {"experiment": "mqar-examples"} for epochs, score in ((13, 0.5), (64, 0.9))]
+    table = base_control(frame([few, *more]), "paper", "mqar-examples")
+    assert table[["control", "accuracy", "its accuracy"]].to_numpy().tolist() == [
+        ["100,000 examples 13 times", "0.200", "0.500"], ["100,000 examples 64 times", "0.200", "0.900"]]
+    paper = paper_values("resona", 11)
+    (value,) = paper[(paper["model"] == "RWKV") & (paper["variant"] == "base") & (paper["L"] == 64)
+                     & (paper["d_model"] == 64)]["value"]
+    assert table["paper"].tolist() == [value, value]
 
 
 def test_without_base_models_the_other_embeddings_have_no_lines():

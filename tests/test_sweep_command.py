@@ -105,7 +105,7 @@ def test_a_dry_run_knows_what_is_solved(sweep, store):
 def test_no_run_is_started_when_the_time_is_up(sweep, store, monkeypatch):
     monkeypatch.setattr(sweep_command.time, "monotonic", itertools.count(0.0, 10.0).__next__)
     code, out, _ = sweep("--budget", "1", "--only", "variant=base", "--only", "experiment=mqar")
-    assert code == 0 and out == f"{store.path}: 0 rows of these runs, 2 not started, as the time is up\n"
+    assert code == 0 and out == f"{store.path}: 0 rows of these runs, 2 not started for want of time\n"
 
 
 def test_failed_runs_are_told_and_tried_again_on_request(sweep, store):
@@ -135,7 +135,7 @@ def test_failed_runs_are_told_and_tried_again_on_request(sweep, store):
         (["-p", "lengths=[[64, 4]]"], "a line of lengths must be [input length, key-value pairs, batch size], got"),
         (["-p", "top_k=9"], "top_k must be at most 8, the chunks of 2 in an input of 16, got 9"),
         (["-p", "top_k=2", "-p", "chunk_size=32"], "top_k must be at most 1, the chunks of 32 in an input"),
-        (["-p", "control_examples=-5"], "control_examples must be at least 0, got -5"),
+        (["-p", "control_examples=[[5]]"], "a line of control_examples must be [examples, epochs], got [5]"),
         (["-p", "budget=-1"], "budget must be at least 0, got -1"),
         (["-p", "workers=0"], "workers must be at least 1, got 0"),
         (["--results", __file__], f"--results {__file__}: {__file__} is a file, not a folder"),

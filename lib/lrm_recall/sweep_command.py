@@ -119,12 +119,12 @@ def _run(asked: Mapping[str, list], experiments: Mapping[str, Experiment], store
             rows += sweep_rates(runs, experiments[name], store, **how)
     failed = [row for row in rows if row["status"] == "failed"]
     left = 0
-    if how["deadline"] is not None and time.monotonic() >= how["deadline"]:
+    if how["deadline"] is not None:
         left = sum(len(_plan(runs, experiments[name], store, retry_failed=False).missing)
                    for name, runs in asked.items())
     parts = [f"{len(rows) - len(failed)} rows of these runs"]
     parts += [f"{len(failed)} failed"] if failed else []
-    parts += [f"{left} not started, as the time is up"] if left else []
+    parts += [f"{left} not started for want of time"] if left else []
     print(f"{store.path}: {', '.join(parts)}")
     for reason, count in _counts(row["error"] for row in failed).items():
         print(f"lrm-recall: {count} failed: {reason} (--retry-failed tries again)", file=sys.stderr)

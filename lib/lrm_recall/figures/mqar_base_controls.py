@@ -7,12 +7,13 @@ import pandas as pd
 from lrm_recall.figures.mqar_cells import mqar_cells, mqar_runs
 from lrm_recall.figures.style import mark
 from lrm_recall.figures.tables import mean_sd
+from lrm_recall.paper import paper_values
 from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES
 
 # What differs, and its words in a table
 CONTROLS = {
-    EMBEDDING: ("config.embedding_range", "embeddings {:g}"),
-    EXAMPLES: ("config.num_train", "{:,.0f} examples"),
+    EMBEDDING: (["config.embedding_range"], "embeddings {:g}"),
+    EXAMPLES: (["config.num_train", "config.max_epochs"], "{:,.0f} examples {:.0f} times"),
 }
 _PLACE = ["mixer", "length", "pairs", "d_model"]
 _TRIAL = [*_PLACE, "learning_rate", "seed"]
@@ -22,33 +23,47 @@ def base_control(rows: pd.DataFrame, profile: str, experiment: str) -> pd.DataFr
     """Accuracy of base models by what the control changes, at the learning rates and seeds that both sides have.
 
     Args:
-        rows: result rows, those of the control's experiment beside those of "mqar"; of each the newest setup counts.
+        rows: result rows, those of the control's experiment beside those of "mqar", of which the newest setup counts.
         profile: whose rows.
         experiment: one of CONTROLS.
 
     Returns:
-        model, length, pairs, d_model, rates (how many learning rates they share), then one column a value: mean ± sd
-        over seeds, of the best learning rate in validation. Empty where no base model ran with either value.
+        One line a model and setup of the control: model, length, pairs, d_model, rates (how many learning rates both
+        sides have), "in use" and "accuracy" (the runs of "mqar"), "control" and "its accuracy", each the mean ± sd over
+        seeds of the best learning rate in validation, and "paper" (Table 11). Empty where no base model ran with both.
     """
-    column, words = CONTROLS[experiment]
+    columns, words = CONTROLS[experiment]
     base = rows[(rows["profile"] == profile) & (rows["status"] == "ok")]
     if "config.resona.layers" in base:
         base = base[base["config.resona.layers"].isna()]
-    sides = [mqar_runs(base[base["experiment"] == side].assign(experiment="mqar")) for side in ("mqar", experiment)]
-    if sides[0].empty or sides[1].empty:
+    used = mqar_runs(base[base["experiment"] == "mqar"])
+    setups = base[base["experiment"] == experiment].groupby(columns) if experiment in set(base["experiment"]) else ()
+    lines = []
+    for setup, those in setups:
+        sides = [used, mqar_runs(those.assign(experiment="mqar"))]
+        trials = [pd.MultiIndex.from_frame(side[_TRIAL]) for side in sides]
+        both = [side[mine.isin(theirs)] for side, mine, theirs in zip(sides, trials, trials[::-1], strict=True)]
+        if both[0].empty:
+            continue
+        rates = both[0].groupby(_PLACE)["learning_rate"].nunique().rename("rates").reset_index()
+        in_use = words.format(*both[0][columns].iloc[0])
+        lines.append(rates.assign(**{"in use": in_use}).merge(_accuracy(both[0], "accuracy"), on=_PLACE)
+                     .assign(control=words.format(*setup)).merge(_accuracy(both[1], "its accuracy"), on=_PLACE))
+    if not lines:
         return pd.DataFrame(columns=["model", *_PLACE[1:]])
-    trials = [pd.MultiIndex.from_frame(side[_TRIAL]) for side in sides]
-    runs = pd.concat([side[mine.isin(theirs)] for side, mine, theirs in zip(sides, trials, trials[::-1], strict=True)])
-    if runs.empty:
-        return pd.DataFrame(columns=["model", *_PLACE[1:]])
-    rates = runs.groupby(_PLACE)["learning_rate"].nunique().rename("rates").reset_index()
-    tables = []
-    for value, part in runs.groupby(column):
-        cells = mqar_cells(part)
-        shown = [mean_sd(cell.accuracy, cell.sd, cell.seeds) for cell in cells.itertuples()]
-        tables.append(cells[_PLACE].assign(value=words.format(value), accuracy=shown))
-    table = pd.concat(tables).pivot(index=_PLACE, columns="value", values="accuracy")[
-        [words.format(value) for value in sorted(runs[column].unique())]]  # by number, not by word
-    table = rates.merge(table.dropna().reset_index(), on=_PLACE)
-    return table.assign(mixer=[mark(mixer).name for mixer in table["mixer"]]).rename(
-        columns={"mixer": "model"}).rename_axis(columns=None)
+    table = pd.concat(lines).assign(model=lambda table: [mark(mixer).name for mixer in table["mixer"]])
+    table = table.merge(_paper(), on=["model", "length", "d_model"], how="left").sort_values([*_PLACE, "control"])
+    return table[["model", *[name for name in table if name not in ("model", "mixer")]]].reset_index(drop=True)
+
+
+def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The words for each model's accuracy, in a column of that name."""
+    cells = mqar_cells(runs)
+    return cells[_PLACE].assign(**{name: [mean_sd(cell.accuracy, cell.sd, cell.seeds) for cell in cells.itertuples()]})
+
+
+def _paper() -> pd.DataFrame:
+    """The base models of Table 11: model, length, d_model, paper."""
+    values = paper_values("resona", 11)
+    values = values[values["variant"] == "base"].rename(columns={"L": "length", "value": "paper"})
+    return values[["model", "length", "d_model", "paper"]]

@@ -29,7 +29,7 @@ class SyntheticRuns(NamedTuple):
     ablation: list[MQARRun]  # what the paper leaves open: encoder, gate, normalised memory, crossed
     control: list[MQARRun]  # retrieval that cannot help: without weight in the output, or without the value in a chunk
     narrow: list[MQARRun]  # base models with other initial embeddings
-    examples: list[MQARRun]  # base models with more examples, in as many steps
+    examples: list[MQARRun]  # base models with more examples
     mad: list[MADRun]  # Table 1
 
 
@@ -54,22 +54,14 @@ def synthetic_runs(parameters: Mapping[str, Any]) -> SyntheticRuns:
         control=mqar_grid(p, **corner) + mqar_grid(p, **corner, alpha=1.0) + mqar_grid(p, **corner, chunk_size=1),
         narrow=mqar_grid(p, mixers=p["control_mixers"], lengths=p["lengths"][:1], variants=["base"],
                          embedding_range=p["control_embedding"]),
-        examples=_more_examples(p),
+        examples=[run for examples, epochs in p["control_examples"] for run in mqar_grid(
+            {**p, "num_train": examples, "max_epochs": epochs}, lengths=p["lengths"][:1], variants=["base"])],
         mad=mad_grid_of(p) if p.get("mad_tasks") else [],
     )
 
 
-def _more_examples(p: Mapping[str, Any]) -> list[MQARRun]:
-    """Base models at the first length with `control_examples` to train on, each seen less often; none for 0."""
-    if not p["control_examples"]:
-        return []
-    epochs = max(1, round(p["max_epochs"] * p["num_train"] / p["control_examples"]))
-    more = {**p, "num_train": p["control_examples"], "max_epochs": epochs}
-    return mqar_grid(more, lengths=p["lengths"][:1], variants=["base"])
-
-
 def _check(parameters: Mapping[str, Any]) -> None:
-    """Refuse what no run looks at by itself: how runs are started, and lines of `lengths` that are not three numbers.
+    """Refuse what no run looks at by itself: how runs are started, and lines that are not as many numbers as they are.
 
     Raises:
         ValueError: such a parameter; or more chunks to look into than the longest input has, which would train alike,
@@ -79,11 +71,11 @@ def _check(parameters: Mapping[str, Any]) -> None:
         value = parameters.get(name)
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if parameters["control_examples"] < 0:
-        raise ValueError(f"control_examples must be at least 0, got {parameters['control_examples']}")
-    for line in parameters["lengths"]:
-        if len(line) != 3:
-            raise ValueError(f"a line of lengths must be [input length, key-value pairs, batch size], got {line}")
+    lines = {"lengths": ["input length", "key-value pairs", "batch size"], "control_examples": ["examples", "epochs"]}
+    for name, numbers in lines.items():
+        for line in parameters[name]:
+            if len(line) != len(numbers):
+                raise ValueError(f"a line of {name} must be [{', '.join(numbers)}], got {line}")
     chunk_size, top_k = parameters["chunk_size"], parameters["top_k"]
     longest = max((line[0] for line in parameters["lengths"]), default=None)
     if longest is not None and chunk_size >= 1 and top_k > (most := max(1, longest // chunk_size)):
