@@ -186,8 +186,8 @@ def run_sweep(
             processes needs the usual `if __name__ == "__main__":`; a notebook does not.
         retry_failed, fresh: as in `plan_sweep`.
         deadline: a time of `time.monotonic()` after which no run is started, nor before it one that would end later,
-            at the pace of those that have ended; the cheapest go first, in the ranks that `turns` gives. Those under
-            way are finished, and those not started have no row in what is returned.
+            at the pace of those of its size that have ended; the cheapest go first, in the ranks that `turns` gives.
+            Those under way are finished, and those not started have no row in what is returned.
         on_row: called with each new row, once it is on disk.
         turns: which runs may be done when; a run that need not be done has no row in what is returned. None for all
             at once.
@@ -267,7 +267,7 @@ class _Queue:
         self._news: list[Row] = []
         self._unneeded: list[str] = []
         self._costs = plan.cost or dict.fromkeys(plan.missing, 1.0)
-        self._cost_done = self._seconds_done = 0.0
+        self._took: list[tuple[float, float]] = []  # cost and seconds of the runs that have ended well
 
     def items(self) -> Iterator[tuple[str, Any]]:
         """Key and description of every run that can be done now, claimed the moment it is asked for."""
@@ -299,19 +299,20 @@ class _Queue:
         return None
 
     def _in_time(self, key: str) -> bool:
-        """Whether the run, begun now, would end before the deadline, if it takes as long for its cost as those that
-        have ended."""
+        """Whether the run, begun now, would end before the deadline, if it takes as long for its cost as those of half
+        its cost and more have taken: small ones spend their time on what all have to do. Without any it is tried."""
         if self._deadline is None:
             return True
-        pace = self._seconds_done / self._cost_done if self._cost_done else 0.0
-        return time.monotonic() + pace * self._costs[key] < self._deadline
+        cost = self._costs[key]
+        alike = [took for took in self._took if 2 * took[0] >= cost]
+        expected = cost * sum(seconds for _, seconds in alike) / sum(each for each, _ in alike) if alike else 0.0
+        return time.monotonic() + expected < self._deadline
 
     def stored(self, row: Row) -> None:
         """Note that `row` is in the store."""
         self.rows[row["key"]] = row
         if row["status"] == "ok":
-            self._cost_done += self._costs[row["key"]]
-            self._seconds_done += row["runtime_s"]
+            self._took.append((self._costs[row["key"]], row["runtime_s"]))
         if self._turns is not None:
             self._turns.note(row)
         self._claims.release(row["key"])

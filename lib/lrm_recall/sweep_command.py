@@ -56,7 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                        help="runs with this value, or one of a list; all keys must fit")  # fmt: skip
     sweep.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N",
                        help="the I-th of N parts, for machines that share nothing")  # fmt: skip
-    sweep.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no run after this time, nor one that would end later")
+    sweep.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no run that would end after this time")
     sweep.add_argument("--compile-first", type=_count, metavar="N",
                        help="on GPUs: first compile the kernels of all runs, in N processes")  # fmt: skip
     sweep.add_argument("--retry-failed", action="store_true", help="try failed runs again")
