@@ -253,7 +253,8 @@ Markdown(table8_text)
 # %% [markdown]
 # ## What it costs to train
 #
-# Tokens a second, as measured inside the runs, the first entry of each log left out.
+# Tokens a second, as measured inside the runs, the first entry of each log left out; of several seeds the fastest,
+# since runs may share a device.
 
 # %%
 speed = speed_table(rows, profile, resona)

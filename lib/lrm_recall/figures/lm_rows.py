@@ -51,18 +51,20 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
 
 
 def lm_cells(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
-    """One row a cell: test_loss and sd (nats a token), test_ppl and test_word_ppl (of the mean), seeds, and the rest.
+    """One row a cell: test_loss and sd (nats a token), test_ppl and test_word_ppl (of the mean), seeds, and the rest;
+    tokens_per_s of the fastest seed, since runs may have shared their device.
 
     Args as `lm_rows`.
     """
     runs = lm_rows(rows, resona)
-    numbers = ["test_loss", "test_word_ppl", "alone_loss", "behind_loss", "random_chunks_ppl", "tokens_per_s"]
-    runs = runs.astype(dict.fromkeys(numbers, float))
+    numbers = ["test_loss", "test_word_ppl", "alone_loss", "behind_loss", "random_chunks_ppl"]
+    runs = runs.astype(dict.fromkeys([*numbers, "tokens_per_s"], float))
     first = ("hidden_size", "num_layers", "vocab_size", "length", "steps", "batch_size", "parameters", "tokens",
              "source", "corpus")  # fmt: skip
     return runs.groupby(list(CELL), as_index=False, sort=False, dropna=False).agg(
         **{name: (name, "first") for name in first},
-        sd=("test_loss", "std"), seeds=("seed", "nunique"), **{name: (name, "mean") for name in numbers},
+        sd=("test_loss", "std"), seeds=("seed", "nunique"), tokens_per_s=("tokens_per_s", "max"),
+        **{name: (name, "mean") for name in numbers},
     )  # fmt: skip
 
 
