@@ -53,7 +53,9 @@ from lrm_recall.teach import alpha_mixing as teach
 from lrm_recall.teach.alpha_exercises import check_causal_mask, check_null_chunk_gate
 from lrm_recall.teach.alpha_forgetting import forget
 from lrm_recall.teach.alpha_search import influence, search_sentence
+from lrm_recall.train.axes import check_axes
 
+check_axes({"pairs": pairs})
 print(provenance.describe(provenance.snapshot(), profile=profile, seeds=[seed]))
 torch.set_num_threads(1)  # small tensors: a second thread is no help, and on a busy machine it is waited for
 

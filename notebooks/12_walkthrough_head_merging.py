@@ -51,9 +51,11 @@ from lrm_recall.teach.merge_training import MergeRun, code_modules, inputs, new_
 from lrm_recall.teach.merge_training import draw as draw_batch
 from lrm_recall.teach.partly_merged import INGREDIENTS, PartlyMerged
 from lrm_recall.teach.widened_state import STARTS, new_mamba2, try_start
+from lrm_recall.train.axes import check_axes
 
 if INTERACTIVE:
     from lrm_recall.figures.widgets import explore
+check_axes({"seeds": seeds})
 files = []
 print(provenance.describe(provenance.snapshot(), profile=profile, seeds=seeds))
 

@@ -169,7 +169,9 @@ def _cell(runs: pd.DataFrame) -> dict[str, Any]:
     total = len(_benchmark(runs["task"].iloc[0]))
     which = f"{len(settings)} of {total} settings" if of_benchmark.any() else "a setting outside the benchmark"
     epochs, blocks, width = (int(runs[f"config.{name}"].max()) for name in ("max_epochs", "num_blocks", "d_model"))
-    words = f"{which}, at most {epochs} epochs, {blocks} blocks of width {width}"
+    tried = len(_trials(runs) & _PAPER_TRIALS)
+    rates = f", {tried} of {len(_PAPER_TRIALS)} learning rates and decays" if 0 < tried < len(_PAPER_TRIALS) else ""
+    words = f"{which}{rates}, at most {epochs} epochs, {blocks} blocks of width {width}"
     return {
         **{ours: 100 * means[f"metrics.{name}"] for name, ours in _SCORES.items()},
         "settings": len(settings),
