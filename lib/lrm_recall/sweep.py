@@ -304,7 +304,7 @@ class _Queue:
         if self._deadline is None:
             return True
         cost = self._costs[key]
-        alike = [took for took in self._took if 2 * took[0] >= cost]
+        alike = [took for took in self._took if 2 * took[0] >= cost > 0]
         expected = cost * sum(seconds for _, seconds in alike) / sum(each for each, _ in alike) if alike else 0.0
         return time.monotonic() + expected < self._deadline
 
