@@ -183,6 +183,23 @@ def test_no_run_is_started_that_would_end_after_the_deadline(store, tmp_path, la
     assert [row["seed"] for row in rows] == [0, 1, 2, 3][: 3 + started]
 
 
+class NeverTheirTurn:
+    """As for runs that wait for one which there was no time for."""
+
+    def __call__(self, key):
+        return False
+
+    def rank(self, key):
+        return 0
+
+
+def test_a_sweep_does_not_wait_for_runs_that_nobody_does(store, tmp_path):
+    runs = [QuickRun(seed, log=str(tmp_path / "log")) for seed in range(2)]
+    begin = time.monotonic()
+    assert quietly(runs, experiment(), store, deadline=begin + 120, turns=NeverTheirTurn()) == []
+    assert time.monotonic() - begin < 60 and begun(tmp_path) == []
+
+
 # --- machines that share nothing
 
 

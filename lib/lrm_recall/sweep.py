@@ -255,6 +255,8 @@ class _Queue:
     Attributes:
         order: keys of the missing runs, the first to do first.
         waiting: keys not handed out yet.
+        stuck: whether the last look found that none of them can be done, nor is in another sweep's hands: they wait for
+            runs that there was no time for.
         rows: the row of each run that has ended since the plan, here or in another sweep.
     """
 
@@ -262,6 +264,7 @@ class _Queue:
                  deadline: float | None, turns: Turns | None):  # fmt: skip
         self.plan, self.order, self.waiting = plan, order, list(order)
         self.rows: dict[str, Row] = {}
+        self.stuck = False
         self._store, self._before, self._deadline, self._turns = store, before, deadline, turns
         self._claims = Claims(store.path)
         self._news: list[Row] = []
@@ -276,7 +279,7 @@ class _Queue:
 
     def _next(self) -> str | None:
         """The first run that can be done now, claimed; None where there is none."""
-        place = 0
+        place, elsewhere = 0, False
         while place < len(self.waiting):
             key = self.waiting[place]
             if not self._in_time(key):
@@ -287,6 +290,7 @@ class _Queue:
                 self._unneeded.append(self.waiting.pop(place))
                 continue
             if not turn or not self._claims.take(key):
+                elsewhere |= turn
                 place += 1
                 continue
             self.waiting.pop(place)
@@ -296,6 +300,7 @@ class _Queue:
             self.stored(row)
             self._news.append(row)
             place = 0  # it may be another's turn now
+        self.stuck = not elsewhere
         return None
 
     def _in_time(self, key: str) -> bool:
@@ -367,6 +372,8 @@ def _do(queue: _Queue, experiment: Experiment, profile: str, workers: int | str,
                 bar.unneeded(queue.unneeded())
             for row in queue.news():
                 bar.finished(row["key"], row["runtime_s"], failed=row["status"] == "failed")
+            if queue.stuck:
+                return
             if queue.waiting:
                 time.sleep(_PATIENCE_S)
 
