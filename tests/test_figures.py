@@ -430,6 +430,19 @@ def test_every_budget_of_a_control_has_its_line_beside_the_papers_value():
     assert table["paper"].tolist() == [value, value]
 
 
+def test_a_control_names_each_models_own_setup_and_the_papers_value_for_its_task_alone():
+    used = [row(profile="paper", num_train=20_000), row("mamba2", profile="paper", num_train=8_000)]
+    more = [row(mixer, profile="paper", num_train=examples) | {"experiment": "mqar-examples"}
+            for examples in (9_000, 100_000) for mixer in ("baseconv", "mamba2")]
+    table = base_control(frame([*used, *more]), "paper", "mqar-examples")
+    assert table["in use"].tolist() == 2 * ["20,000 examples 16 times"] + 2 * ["8,000 examples 16 times"]
+    assert table["control"].tolist() == 2 * ["9,000 examples 16 times", "100,000 examples 16 times"], "by number"
+    assert table["paper"].notna().all()
+    for each in (*used, *more):
+        each["config"]["num_kv_pairs"] = 8
+    assert base_control(frame([*used, *more]), "paper", "mqar-examples")["paper"].isna().all()
+
+
 def test_without_base_models_the_other_embeddings_have_no_lines():
     rows = frame([row(layers=[0], profile="paper", embedding_range=0.1)])
     assert base_control(rows, "paper", "mqar-embedding").empty and "No base model that ran" in claim_in_words(

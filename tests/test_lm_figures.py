@@ -69,6 +69,13 @@ def rows() -> pd.DataFrame:
     return frame(made)
 
 
+def test_the_fastest_seed_tells_the_speed():
+    made = [make(run, 4.0) for run in grid(["gla"], seeds=(0, 1)) if run.variant == "base"]
+    for row, speed in zip(made, (900.0, 300.0), strict=True):  # the second shared its GPU
+        row["metrics"]["tokens_per_s"] = speed
+    assert speed_table(frame(made), "smoke", RESONA).iloc[0].tolist() == ["GLA", "900"]
+
+
 def test_every_line_of_table_2_is_there(rows):
     found = lm_table2(rows, "smoke", RESONA)
     assert len(found) == 14 and found["paper_ppl"].notna().all()

@@ -145,6 +145,20 @@ def test_resona_is_compared_with_a_base_of_the_same_settings_only():
     assert cell(table, "mamba", "resona1", "noisy-in-context-recall")["verdict"] == "not run"
 
 
+def test_a_model_that_is_solved_at_once_stands_beside_a_base_that_tried_everything():
+    """Rates that are lacking are said of a cell that lacks them, and make no other setup of it."""
+    task = "noisy-in-context-recall"
+    base = [row(run, 80.0) for run in runs_of(task)]
+    first = runs_of(task, variants=["resona1"])[0]
+    solved = [run for run in runs_of(task, variants=["resona1"])
+              if (run.learning_rate, run.weight_decay) == (first.learning_rate, first.weight_decay)]
+    found = cell(mad_table1(frame(base + [row(run, 99.95) for run in solved]), "paper"), "mamba", "resona1", task)
+    assert found["verdict"] == "reproduced" and "learning rates" not in found["scale"]
+    found = cell(mad_table1(frame(base + [row(run, 90.0) for run in solved]), "paper"), "mamba", "resona1", task)
+    assert "settings, 1 of 6 learning rates and decays" not in found["scale"]
+    assert found["scale"].endswith(", 1 of 6 learning rates and decays")
+
+
 def test_the_average_needs_all_tasks():
     rows = []
     for task, variant in product(TASKS, ("base", "resona1")):

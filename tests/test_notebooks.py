@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lrm_recall.notebooks import unpaired, unstripped
+from lrm_recall.parameters import declared_parameters
 from lrm_recall.workbook import Workbook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,3 +24,14 @@ def test_no_function_is_longer_than_ten_lines(name):
     trees = [ast.parse(cell.source) for cell in Workbook(ROOT).read(name).cells if cell.cell_type == "code"]
     functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.Lambda)]
     assert functions and all(node.end_lineno - node.lineno < 10 for node in functions)
+
+
+@pytest.mark.parametrize(("name", "parameter"), [("11_walkthrough_alpha_mixing", "pairs"),
+                                                 ("12_walkthrough_head_merging", "seeds")])  # fmt: skip
+def test_an_empty_list_is_refused_before_anything_is_trained(name, parameter):
+    notebook = Workbook(ROOT).read(name)
+    scope = {each: declared.default for each, declared in declared_parameters(notebook, name).items()}
+    first = [cell.source for cell in notebook.cells if cell.cell_type == "code"][1]  # behind the parameters
+    exec(compile(first, name, "exec"), dict(scope))
+    with pytest.raises(ValueError, match=rf"{parameter} must list at least one value, got \[\]"):
+        exec(compile(first, name, "exec"), scope | {parameter: []})

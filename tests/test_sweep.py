@@ -177,10 +177,19 @@ def test_no_run_is_started_after_the_deadline_and_the_cheapest_go_first(store, t
 def test_no_run_is_started_that_would_end_after_the_deadline(store, tmp_path, last, started):
     """The first takes long for its cost, which says nothing of larger ones; of one so large that none has been seen
     nobody knows. The last would begin in time in both cases."""
-    costs, lasting = [0.01, 5, 6, last], [0.3, 0.5, 0.5, 0.1]
+    costs, lasting = [0.01, 6, 6, last], [0.3, 0.5, 0.5, 0.1]
     runs = [QuickRun(seed, sleep_s=lasting[seed], log=str(tmp_path / "log")) for seed in range(4)]
     rows = quietly(runs, experiment(cost=lambda run: costs[run.seed]), store, deadline=time.monotonic() + 2)
     assert [row["seed"] for row in rows] == [0, 1, 2, 3][: 3 + started]
+
+
+def test_a_slow_first_run_does_not_speak_for_the_others(store, tmp_path):
+    """It may have compiled for all of them. Of runs that cost nothing nothing is expected."""
+    lasting = [0.8] + 9 * [0.01]
+    runs = [QuickRun(seed, sleep_s=lasting[seed], log=str(tmp_path / "log")) for seed in range(10)]
+    assert len(quietly(runs, experiment(cost=lambda run: 5.0), store, deadline=time.monotonic() + 1.5)) == 10
+    more = [QuickRun(seed, log=str(tmp_path / "log")) for seed in range(10, 14)]
+    assert len(quietly(more, experiment(cost=lambda run: 0.0), store, deadline=time.monotonic() + 60)) == 4
 
 
 class NeverTheirTurn:

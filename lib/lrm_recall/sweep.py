@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -255,8 +256,8 @@ class _Queue:
     Attributes:
         order: keys of the missing runs, the first to do first.
         waiting: keys not handed out yet.
-        stuck: whether the last look found that none of them can be done, nor is in another sweep's hands: they wait for
-            runs that there was no time for.
+        stuck: whether the last look found that none of them can be done, nor is in another sweep's hands: there is no
+            time for them, or they wait for runs that there is no time for.
         rows: the row of each run that has ended since the plan, here or in another sweep.
     """
 
@@ -283,7 +284,7 @@ class _Queue:
         while place < len(self.waiting):
             key = self.waiting[place]
             if not self._in_time(key):
-                self.waiting.pop(place)
+                place += 1
                 continue
             turn = True if self._turns is None else self._turns(key)
             if turn is None:
@@ -305,12 +306,13 @@ class _Queue:
 
     def _in_time(self, key: str) -> bool:
         """Whether the run, begun now, would end before the deadline, if it takes as long for its cost as those of half
-        its cost and more have taken: small ones spend their time on what all have to do. Without any it is tried."""
+        its cost and more have taken in the median: small ones spend their time on what all have to do. One alone, which
+        may have compiled for all others, says nothing."""
         if self._deadline is None:
             return True
         cost = self._costs[key]
-        alike = [took for took in self._took if 2 * took[0] >= cost > 0]
-        expected = cost * sum(seconds for _, seconds in alike) / sum(each for each, _ in alike) if alike else 0.0
+        paces = [seconds / each for each, seconds in self._took if 2 * each >= cost > 0]
+        expected = cost * statistics.median(paces) if len(paces) > 1 else 0.0
         return time.monotonic() + expected < self._deadline
 
     def stored(self, row: Row) -> None:

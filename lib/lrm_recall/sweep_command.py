@@ -4,7 +4,7 @@
     lrm-recall sweep synthetic --profile paper --dry-run          list what is missing and what it will cost
     lrm-recall sweep synthetic --only mixer=mamba --only variant=[base,resona0]
     lrm-recall sweep synthetic --workers tcp://10.0.0.1:8786      on a Dask cluster
-    lrm-recall sweep synthetic --shard 2/3 --budget 540           a third of the runs, those that end within 9 minutes
+    lrm-recall sweep synthetic --shard 2/3 --budget 540           a third of the runs, about 9 minutes
     lrm-recall sweep synthetic --compile-first 32                 first the kernels of all of them, in 32 processes
 
 Runs that are stored are not done again, nor those that another sweep on the same store has in hand; failed ones only
@@ -56,7 +56,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
                        help="runs with this value, or one of a list; all keys must fit")  # fmt: skip
     sweep.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N",
                        help="the I-th of N parts, for machines that share nothing")  # fmt: skip
-    sweep.add_argument("--budget", type=_seconds, metavar="SECONDS", help="start no run that would end after this time")
+    sweep.add_argument("--budget", type=_seconds, metavar="SECONDS",
+                       help="start no run that would end after this time, as far as those before it tell")  # fmt: skip
     sweep.add_argument("--compile-first", type=_count, metavar="N",
                        help="on GPUs: first compile the kernels of all runs, in N processes")  # fmt: skip
     sweep.add_argument("--retry-failed", action="store_true", help="try failed runs again")

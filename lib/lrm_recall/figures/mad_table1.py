@@ -49,6 +49,7 @@ _SETTING = ("vocab_size", "seq_len", "num_train_examples", "frac_noise", "num_to
 _SCORES = {"macro_accuracy": "macro", "accuracy": "plain", "sequence_accuracy": "sequence"}
 _VARIES = ("config.learning_rate", "config.weight_decay", "config.seed")  # between the runs of one setup
 _PAPER_TRIALS = set(product(LEARNING_RATES, WEIGHT_DECAYS))
+_LACKS_RATES = f"{len(LEARNING_RATES)} learning rates and {len(WEIGHT_DECAYS)} weight decays"
 _PLACE = ["mixer", "variant"]
 _OURS = [*_SCORES.values()]
 _SCALES = ("paper", "toy")
@@ -151,7 +152,7 @@ def scale_gaps(runs: pd.DataFrame) -> list[str]:
         f"{PAPER_EPOCHS} epochs": (runs["config.max_epochs"] >= PAPER_EPOCHS).all(),
         f"batches of {PAPER_BATCH}": (runs["config.batch_size"] == PAPER_BATCH).all(),
         f"{PAPER_TEST:,} test examples": (runs["config.task.num_test_examples"] >= PAPER_TEST).all(),
-        f"{len(LEARNING_RATES)} learning rates and {len(WEIGHT_DECAYS)} weight decays": all(
+        _LACKS_RATES: all(
             (part["metrics.valid_accuracy"] >= part["config.target_accuracy"]).any() or _trials(part) >= _PAPER_TRIALS
             for _, part in runs.groupby("setting")),
         f"chunk_size {PAPER_CHUNK_SIZE}": base or (runs["config.resona.chunk_size"] == PAPER_CHUNK_SIZE).all(),
@@ -169,16 +170,17 @@ def _cell(runs: pd.DataFrame) -> dict[str, Any]:
     total = len(_benchmark(runs["task"].iloc[0]))
     which = f"{len(settings)} of {total} settings" if of_benchmark.any() else "a setting outside the benchmark"
     epochs, blocks, width = (int(runs[f"config.{name}"].max()) for name in ("max_epochs", "num_blocks", "d_model"))
-    tried = len(_trials(runs) & _PAPER_TRIALS)
-    rates = f", {tried} of {len(_PAPER_TRIALS)} learning rates and decays" if 0 < tried < len(_PAPER_TRIALS) else ""
-    words = f"{which}{rates}, at most {epochs} epochs, {blocks} blocks of width {width}"
+    words = f"{which}, at most {epochs} epochs, {blocks} blocks of width {width}"
+    gaps = scale_gaps(runs)
+    fewest = min(len(_trials(part) & _PAPER_TRIALS) for _, part in runs.groupby("setting", dropna=False))
+    rates = f", {fewest} of {len(_PAPER_TRIALS)} learning rates and decays" if fewest and _LACKS_RATES in gaps else ""
     return {
         **{ours: 100 * means[f"metrics.{name}"] for name, ours in _SCORES.items()},
         "settings": len(settings),
         "known": bool(of_benchmark.any()),
         "seeds": int(settings["seed"].nunique().min()),
-        "gaps": scale_gaps(runs),
-        "words": words,
+        "gaps": gaps,
+        "words": words + rates,
         "setup": repr((words, sorted(runs["setting"].unique(), key=repr))),
     }
 

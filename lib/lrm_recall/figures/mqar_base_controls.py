@@ -7,6 +7,7 @@ import pandas as pd
 from lrm_recall.figures.mqar_cells import mqar_cells, mqar_runs
 from lrm_recall.figures.style import mark
 from lrm_recall.figures.tables import mean_sd
+from lrm_recall.figures.verdicts import PAPER_POSITIONS_A_PAIR
 from lrm_recall.paper import paper_values
 from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES
 
@@ -45,15 +46,16 @@ def base_control(rows: pd.DataFrame, profile: str, experiment: str) -> pd.DataFr
         both = [side[mine.isin(theirs)] for side, mine, theirs in zip(sides, trials, trials[::-1], strict=True)]
         if both[0].empty:
             continue
-        rates = both[0].groupby(_PLACE)["learning_rate"].nunique().rename("rates").reset_index()
-        in_use = words.format(*both[0][columns].iloc[0])
-        lines.append(rates.assign(**{"in use": in_use}).merge(_accuracy(both[0], "accuracy"), on=_PLACE)
+        found = both[0].groupby(_PLACE)
+        line = found["learning_rate"].nunique().rename("rates").reset_index()
+        line["in use"] = [words.format(*values) for values in found[columns].first().itertuples(index=False)]
+        lines.append(line.merge(_accuracy(both[0], "accuracy"), on=_PLACE)
                      .assign(control=words.format(*setup)).merge(_accuracy(both[1], "its accuracy"), on=_PLACE))
     if not lines:
         return pd.DataFrame(columns=["model", *_PLACE[1:]])
-    table = pd.concat(lines).assign(model=lambda table: [mark(mixer).name for mixer in table["mixer"]])
-    table = table.merge(_paper(), on=["model", "length", "d_model"], how="left").sort_values([*_PLACE, "control"])
-    return table[["model", *[name for name in table if name not in ("model", "mixer")]]].reset_index(drop=True)
+    table = pd.concat(lines).sort_values(_PLACE, kind="stable")  # the setups by number, as they come
+    table.insert(0, "model", [mark(mixer).name for mixer in table["mixer"]])
+    return table.merge(_paper(), on=["model", *_PLACE[1:]], how="left").drop(columns="mixer")
 
 
 def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -63,7 +65,7 @@ def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _paper() -> pd.DataFrame:
-    """The base models of Table 11: model, length, d_model, paper."""
+    """The base models of Table 11: model, length, pairs, d_model, paper."""
     values = paper_values("resona", 11)
     values = values[values["variant"] == "base"].rename(columns={"L": "length", "value": "paper"})
-    return values[["model", "length", "d_model", "paper"]]
+    return values.assign(pairs=values["length"] // PAPER_POSITIONS_A_PAIR)[["model", *_PLACE[1:], "paper"]]

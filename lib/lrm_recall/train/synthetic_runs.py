@@ -61,7 +61,7 @@ def synthetic_runs(parameters: Mapping[str, Any]) -> SyntheticRuns:
 
 
 def _check(parameters: Mapping[str, Any]) -> None:
-    """Refuse what no run looks at by itself: how runs are started, and lines that are not as many numbers as they are.
+    """Refuse what no run looks at by itself: how runs are started, and lines of another length than they must have.
 
     Raises:
         ValueError: such a parameter; or more chunks to look into than the longest input has, which would train alike,
