@@ -55,7 +55,7 @@ def synthetic_runs(parameters: Mapping[str, Any]) -> SyntheticRuns:
         narrow=mqar_grid(p, mixers=p["control_mixers"], lengths=p["lengths"][:1], variants=["base"],
                          embedding_range=p["control_embedding"]),
         examples=[run for examples, epochs in p["control_examples"] for run in mqar_grid(
-            {**p, "num_train": examples, "max_epochs": epochs}, lengths=p["lengths"][:1], variants=["base"])],
+            {**p, "num_train": examples, "max_epochs": epochs}, variants=["base"])],
         mad=mad_grid_of(p) if p.get("mad_tasks") else [],
     )
 
