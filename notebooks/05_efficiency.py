@@ -161,21 +161,25 @@ print(f"{sum(map(len, parts))} rows of {len(runs)} runs on {device_name}")
 # ratios are what can be compared. `reproduced` means no slower, or no larger, than printed, with a tenth to spare.
 
 # %%
-tables = {number: paper_cost_table(main_rows, number) for number in TABLES}
-texts = {number: paper_cost_markdown(table, number) for number, table in tables.items()}
-files = [file for number in TABLES
-         for file in write_table(tables[number], output_dir, f"efficiency_table{number}", texts[number])]
-Markdown("\n\n".join(texts.values()))
+files = []
+if any_of(main_rows):
+    tables = {number: paper_cost_table(main_rows, number) for number in TABLES}
+    texts = {number: paper_cost_markdown(table, number) for number, table in tables.items()}
+    files += [file for number in TABLES
+              for file in write_table(tables[number], output_dir, f"efficiency_table{number}", texts[number])]
+    display(Markdown("\n\n".join(texts.values())))
 
 # %%
-overhead = resona_overhead(main_rows)
-files += save(overhead, output_dir, "efficiency_overhead")
-show(overhead)
+if any_of(main_rows):
+    overhead = resona_overhead(main_rows)
+    files += save(overhead, output_dir, "efficiency_overhead")
+    show(overhead)
 
 # %%
-absolute = costs(main_rows)
-files += save(absolute, output_dir, "efficiency_costs")
-show(absolute)
+if any_of(main_rows):
+    absolute = costs(main_rows)
+    files += save(absolute, output_dir, "efficiency_costs")
+    show(absolute)
 
 # %% [markdown]
 # ## What a larger state costs (StateX)
