@@ -61,6 +61,7 @@ chunks: str = "search"  # Resona: what it reads, its own finds (search) or those
 shown_mixer: str = "gla"  # backbone of the controls, and of the view of what was retrieved
 ablated: dict[str, list] = {"gate": ["none"], "encoder": ["place"]}  # Resona options, and values tried in their place
 packed_variants: list[str] = ["base", "resona"]  # trained on packed articles too, to see what leaks between them
+longer: dict[str, int] = {}  # backbones that are trained once more from the start, with this many steps
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
@@ -70,10 +71,11 @@ from IPython.display import Markdown
 
 from lrm_recall import provenance
 from lrm_recall.figures.display import save, show
-from lrm_recall.figures.lm_controls import ablation_table, leak_table, retrieval_control, speed_table
+from lrm_recall.figures.lm_controls import ablation_table, leak_table, longer_table, retrieval_control, speed_table
 from lrm_recall.figures.lm_curves import lm_curves
 from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
+from lrm_recall.figures.lm_rows import split_by_steps
 from lrm_recall.figures.lm_table2 import lm_table2, table2_markdown
 from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown
 from lrm_recall.figures.tables import markdown, write_table
@@ -136,7 +138,8 @@ control = grid([shown_mixer], ["resona"], alpha=1.0)
 packed = grid([shown_mixer], packed_variants, settings | {"packed": True}) if packed_variants else []
 ablation = [run for option, values in ablated.items() for value in values
             for run in grid([shown_mixer], ["resona"], **{option: value})]
-runs = main + control + packed + ablation
+more_steps = [run for mixer, many in longer.items() for run in grid([mixer], variants, settings | {"steps": many})]
+runs = main + control + packed + ablation + more_steps
 
 # %% [markdown]
 # The store knows which of these runs are done; only the others are trained. A run that is stopped, or killed, goes on
@@ -152,7 +155,7 @@ print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
 # %%
 own = run_sweep(runs, how, store, profile=profile, workers=workers, fresh=fresh, retry_failed=retry_failed,
                 on_row=forget_checkpoints)
-rows = load_profiles(results_dir, GROUP)
+rows, longer_rows = split_by_steps(load_profiles(results_dir, GROUP), profile, steps)
 
 # %% [markdown]
 # ## Table 2: the paper beside ours
@@ -228,6 +231,18 @@ ablations = ablation_table(rows, profile, resona, ablated)
 ablations_text = markdown(ablations) if len(ablations) else "No other choices were tried in this profile."
 files += write_table(ablations, output_dir, "lm_ablation", ablations_text)
 Markdown(ablations_text)
+
+# %% [markdown]
+# ## More steps
+#
+# A backbone that has learned little cannot show what retrieval adds to it. Where `longer` asks for it, the same models
+# are trained from the start with more steps, over the same text:
+
+# %%
+more = longer_table(rows, longer_rows, profile, resona)
+more_text = markdown(more) if len(more) else "Not asked for in this profile, or not run yet."
+files += write_table(more, output_dir, "lm_longer", more_text)
+Markdown(more_text)
 
 # %% [markdown]
 # ## What leaks between packed articles

@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from lrm_recall.figures import display
 from lrm_recall.figures.mqar_ablation import ablation_table, mqar_ablation
 from lrm_recall.figures.mqar_base_controls import base_control
-from lrm_recall.figures.mqar_cells import chosen_runs, mqar_cells, mqar_runs
+from lrm_recall.figures.mqar_cells import chosen_runs, mqar_cells, mqar_runs, with_zoologys_examples
 from lrm_recall.figures.mqar_claim import claim_in_words, mqar_claim
 from lrm_recall.figures.mqar_curves import mqar_curves
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
@@ -31,9 +31,11 @@ from lrm_recall.figures.verdicts import (
     base_verdict,
     paper_scale_gaps,
     resona_verdict,
+    settled,
 )
 from lrm_recall.paper import paper_values
 from lrm_recall.results import frame, load_profiles, make_row
+from lrm_recall.train.synthetic_runs import EXAMPLES
 
 RESONA = {"chunk_size": 2, "top_k": 1, "encoder": "mean", "gate": "null_chunk", "alpha": 0.5, "num_heads": 1,
           "memory_norm": True}
@@ -165,6 +167,25 @@ def test_base_verdicts(ours, paper, pairs, at_paper_scale, verdict):
     assert base_verdict(ours, paper, pairs=pairs, at_paper_scale=at_paper_scale) == verdict
 
 
+@pytest.mark.parametrize(("ours", "paper", "known"), [
+    (0.85, 0.92, True),  # within 0.1, and so is everything above
+    (0.81, 0.92, False),  # more rates may bring it within 0.1
+    (0.80, 0.85, False),  # within 0.1, and may leave it upwards
+    (0.91, 0.80, True),  # solved where the paper's is not, whatever more rates find
+    (0.60, 0.42, False),  # better, and may yet be solved
+    (0.10, float("nan"), False),  # no such cell in the paper
+])
+def test_a_verdict_that_more_learning_rates_could_not_change(ours, paper, known):
+    assert settled(ours, paper, pairs=4) == known
+
+
+@given(ours=fractions, paper=fractions, more=fractions, pairs=st.integers(1, 32))
+def test_a_settled_verdict_stands_whatever_is_better(ours, paper, more, pairs):
+    if settled(ours, paper, pairs=pairs):
+        verdicts = {base_verdict(value, paper, pairs=pairs, at_paper_scale=True) for value in (ours, max(ours, more))}
+        assert len(verdicts) == 1
+
+
 @pytest.mark.parametrize(("ours", "our_base", "paper_base", "at_paper_scale", "verdict"), [
     (None, 0.4, 0.4, False, NOT_RUN),
     (1.0, None, 0.4, False, NOT_RUN),  # nothing to compare with
@@ -231,6 +252,21 @@ def test_a_cell_with_learning_rates_to_try_is_not_run_yet_and_shown_apart():
     done, unfinished = results_table_markdown(table).split("with learning rates still to be tried")
     assert "0.995" in done and "0.100" not in done and "toy" not in done + unfinished
     assert "1 of 4 learning rates" in unfinished and "0.100" in unfinished
+
+
+def test_base_models_with_zoologys_examples_count_and_resona_is_judged_beside_its_own_budget():
+    few = [row(accuracy=0.30), row(d_model=64, accuracy=0.35), row(layers=[0], accuracy=0.999)]
+    full = [row(accuracy=accuracy, num_train=100_000, max_epochs=epochs, learning_rate=1e-2) | {"experiment": EXAMPLES}
+            for accuracy, epochs in ((0.41, 64), (0.9, 13))]  # as many steps as with 20,000 is a control, no budget
+    rows = frame(few + full)
+    runs = mqar_runs(with_zoologys_examples(rows))
+    base = runs[runs["variant"] == "base"].set_index("d_model")
+    assert base["accuracy"].to_dict() == {32: 0.41, 64: 0.35} and set(base["num_train"]) == {100_000, 20_000}
+    table = mqar_table11(rows, "laptop", RESONA)
+    ran = table[table["seeds"] > 0].set_index(["d_model", "variant"])
+    assert ran["verdict"].to_dict() == {(32, "base"): NOT_RUN, (64, "base"): TREND_ONLY, (32, "resona0"): TREND_ONLY}
+    assert "100,000 examples, at most 64 epochs, 1 of 4 learning rates" in ran.loc[(32, "base"), "scale"]
+    assert with_zoologys_examples(frame(few)).equals(frame(few))
 
 
 def test_the_base_of_another_profile_is_no_comparison():

@@ -1,4 +1,4 @@
-"""Controls of the language-model runs: retrieval that cannot help, and what leaks between packed articles."""
+"""Controls of the language-model runs: retrieval that cannot help, more steps, what leaks between packed articles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, lm_rows
+from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, lm_rows, variants_in
 from lrm_recall.figures.style import in_order, mark
 
 
@@ -67,6 +67,34 @@ def ablation_table(
         })  # fmt: skip
     return pd.DataFrame(lines, columns=["backbone", "option", "value", "test PPL", "in use, same seeds",
                                         "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
+
+
+def longer_table(rows: pd.DataFrame, longer: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> pd.DataFrame:
+    """Backbones that were trained with more steps too: does what Resona gains come, or go, with training?
+
+    Args:
+        rows, longer: result rows, those of the usual number of steps and the others (`lm_rows.split_by_steps`).
+        profile: whose. resona: the options in use.
+
+    Returns:
+        backbone, steps, tokens (millions), seeds, test PPL of each variant that ran, and how many nats a token Resona
+        is below the others; one line a backbone and number of steps.
+    """
+    cells = pd.concat([lm_cells(each, resona) for each in (rows, longer)])
+    cells = cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool)]
+    cells = cells[cells["mixer"].isin(longer["config.mixer"] if len(longer) else [])]
+    variants, lines = variants_in(cells), []
+    for mixer in in_order(cells["mixer"]):
+        for steps, part in cells[cells["mixer"] == mixer].groupby("steps"):
+            loss = part.set_index("variant")["test_loss"]
+            lines.append({
+                "backbone": mark(mixer).name, "steps": f"{steps:,.0f}", "tokens, M": part["tokens"].max() / 1e6,
+                "seeds": part["seeds"].min(),
+                **{VARIANT_NAMES[name]: math.exp(loss.get(name, math.nan)) for name in variants},
+                **{f"nats below {words}": loss.get(other, math.nan) - loss.get("resona", math.nan)
+                   for other, words in (("base", "base"), ("sp", "size-matched")) if other in variants},
+            })  # fmt: skip
+    return pd.DataFrame(lines)
 
 
 def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> dict[str, dict[str, pd.Series]]:

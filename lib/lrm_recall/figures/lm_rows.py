@@ -50,6 +50,14 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
     return _newest_setup(named)[list(dict.fromkeys(columns.values()))].reset_index(drop=True)
 
 
+def split_by_steps(rows: pd.DataFrame, profile: str, steps: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows without those of a profile's runs of another number of steps; and the others."""
+    if "config.steps" not in rows:
+        return rows, rows[:0]
+    apart = (rows["profile"] == profile) & (rows["experiment"] == EXPERIMENT) & (rows["config.steps"] != steps)
+    return rows[~apart], rows[apart]
+
+
 def lm_cells(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """One row a cell: test_loss and sd (nats a token), test_ppl and test_word_ppl (of the mean), seeds, and the rest;
     tokens_per_s of the fastest seed, since runs may have shared their device.

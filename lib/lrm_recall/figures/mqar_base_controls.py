@@ -5,10 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from lrm_recall.figures.mqar_cells import mqar_cells, mqar_runs
+from lrm_recall.figures.mqar_table11 import printed_cells
 from lrm_recall.figures.style import mark
 from lrm_recall.figures.tables import mean_sd
-from lrm_recall.figures.verdicts import PAPER_POSITIONS_A_PAIR
-from lrm_recall.paper import paper_values
 from lrm_recall.train.synthetic_runs import EMBEDDING, EXAMPLES
 
 # What differs, and its words in a table
@@ -55,7 +54,9 @@ def base_control(rows: pd.DataFrame, profile: str, experiment: str) -> pd.DataFr
         return pd.DataFrame(columns=["model", *_PLACE[1:]])
     table = pd.concat(lines).sort_values(_PLACE, kind="stable")  # the setups by number, as they come
     table.insert(0, "model", [mark(mixer).name for mixer in table["mixer"]])
-    return table.merge(_paper(), on=["model", *_PLACE[1:]], how="left").drop(columns="mixer")
+    printed = printed_cells()
+    printed = printed[printed["variant"] == "base"].drop(columns="variant")
+    return table.merge(printed, on=_PLACE, how="left").drop(columns="mixer")
 
 
 def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -63,9 +64,3 @@ def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     cells = mqar_cells(runs)
     return cells[_PLACE].assign(**{name: [mean_sd(cell.accuracy, cell.sd, cell.seeds) for cell in cells.itertuples()]})
 
-
-def _paper() -> pd.DataFrame:
-    """The base models of Table 11: model, length, pairs, d_model, paper."""
-    values = paper_values("resona", 11)
-    values = values[values["variant"] == "base"].rename(columns={"L": "length", "value": "paper"})
-    return values.assign(pairs=values["length"] // PAPER_POSITIONS_A_PAIR)[["model", *_PLACE[1:], "paper"]]

@@ -16,7 +16,9 @@ from typing import Any
 
 import pandas as pd
 
+from lrm_recall.figures.verdicts import PAPER_EPOCHS, ZOOLOGY_TRAIN
 from lrm_recall.train.select import select
+from lrm_recall.train.synthetic_runs import EXAMPLES
 
 CELL = ("profile", "mixer", "variant", "length", "pairs", "d_model")
 SCALE = ("num_train", "num_test", "max_epochs", "num_layers", "vocab_size", "chunk_size", "top_k")
@@ -33,11 +35,30 @@ RESONA_OPTIONS = ("chunk_size", "top_k", "encoder", "encoder_dim", "gate", "alph
 _WHOLE = ("length", "pairs", "d_model", "num_train", "num_test", "max_epochs", "num_layers", "vocab_size")
 _OPTION_NAMES = {f"config.resona.{name}": name for name in RESONA_OPTIONS}  # absent when no row has Resona
 _VARIES = ("config.learning_rate", "config.seed")  # between the runs of one setup
+_BASE_PLACE = ["profile", "config.mixer", "config.input_length", "config.num_kv_pairs", "config.d_model"]
 
 
 def variant_of(layers: object) -> str:
     """"base", or "resona" and the layers: (0,) to "resona0", (0, 2) to "resona0+2"."""
     return "resona" + "+".join(map(str, layers)) if isinstance(layers, tuple) else "base"
+
+
+def with_zoologys_examples(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, base models that were trained with zoology's 100,000 examples in place of the same with fewer.
+
+    Table 11's base models have most likely seen those (README, "examples of MQAR"). Their rows are of the experiment
+    EXAMPLES; here they come back as rows of "mqar", and those of their profile, mixer, length and width that were
+    trained with other budgets are left out.
+    """
+    if "experiment" not in rows or not (rows["experiment"] == EXAMPLES).any():
+        return rows
+    full = rows[(rows["experiment"] == EXAMPLES) & (rows["status"] == "ok")
+                & (rows["config.num_train"] >= ZOOLOGY_TRAIN) & (rows["config.max_epochs"] >= PAPER_EPOCHS)]
+    places = pd.MultiIndex.from_frame(rows[_BASE_PLACE])
+    replaced = places.isin(pd.MultiIndex.from_frame(full[_BASE_PLACE])) & (rows["experiment"] == "mqar")
+    if "config.resona.layers" in rows:
+        replaced &= rows["config.resona.layers"].isna()
+    return pd.concat([rows[~replaced], full.assign(experiment="mqar")], ignore_index=True)
 
 
 def mqar_runs(

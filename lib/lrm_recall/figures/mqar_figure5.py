@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lrm_recall.figures.display import describe
-from lrm_recall.figures.mqar_cells import chosen_runs
+from lrm_recall.figures.mqar_cells import chosen_runs, with_zoologys_examples
+from lrm_recall.figures.mqar_table11 import printed_cells
 from lrm_recall.figures.style import (
     OTHER_PROFILES,
     SOURCES,
@@ -25,7 +26,6 @@ from lrm_recall.figures.style import (
     theme,
     variant_name,
 )
-from lrm_recall.paper import paper_values
 
 _WIDTH, _BASE_HEIGHT, _RESONA_HEIGHT = 2.6, 2.5, 1.05  # of a panel, in inches; Resona's lines are mostly flat
 
@@ -43,7 +43,8 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
 
     Filled markers on solid lines are the profile's own rows (mean over seeds, a bar of one standard deviation
     where there are several), small ones on dotted lines the committed rows of other profiles, rings on dashed
-    lines the paper's Table 11 for the models drawn: a dot inside its ring is a value met.
+    lines the paper's Table 11 for the models drawn: a dot inside its ring is a value met. Base models are those with
+    zoology's examples where these have run, as in the table.
 
     Args:
         rows: result rows of any number of profiles.
@@ -53,7 +54,7 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
     Raises:
         ValueError: the profile has no MQAR rows.
     """
-    runs = chosen_runs(rows, resona)
+    runs = chosen_runs(with_zoologys_examples(rows), resona)
     own = runs[runs["profile"] == profile]
     if own.empty:
         raise ValueError(f"no MQAR rows of profile {profile!r} to draw; there are rows of: "
@@ -85,11 +86,9 @@ def _span(values: pd.Series) -> str:
 
 def _printed_values(runs: pd.DataFrame) -> pd.DataFrame:
     """Table 11's values for the models, variants, lengths and dimensions that the runs have."""
-    values = paper_values("resona", 11).rename(columns={"L": "length", "value": "accuracy"})
-    names = {mark(mixer).name: mixer for mixer in runs["mixer"].unique()}
-    values = values.assign(mixer=values["model"].map(names)).dropna(subset="mixer")
-    drawn = values["length"].isin(runs["length"]) & values["d_model"].isin(runs["d_model"])
-    return values[drawn & values["variant"].isin(runs["variant"])]
+    values = printed_cells().rename(columns={"paper": "accuracy"})
+    among = [values[name].isin(runs[name]) for name in ("mixer", "length", "d_model", "variant")]
+    return values[pd.concat(among, axis=1).all(axis=1)]
 
 
 def _draw(layers: list[Layer]) -> Figure:

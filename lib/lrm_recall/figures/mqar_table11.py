@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrm_recall.figures.mqar_cells import mqar_cells
+from lrm_recall.figures.mqar_cells import mqar_cells, with_zoologys_examples
 from lrm_recall.figures.style import MODELS, mark
 from lrm_recall.figures.tables import NOTHING, markdown, mean_sd
 from lrm_recall.figures.verdicts import (
@@ -34,6 +34,9 @@ _OURS = ["accuracy", "sd", "sequence_accuracy", "sequence_sd"]
 def mqar_table11(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """Every cell of Table 11, and our cells of models that the paper does not have.
 
+    Base models are those with zoology's examples, where these have run (`with_zoologys_examples`); a line with Resona
+    is judged beside the base model of its own budget.
+
     Args:
         rows: result rows (`lrm_recall.results.load_profiles`).
         profile: whose rows are ours.
@@ -44,24 +47,17 @@ def mqar_table11(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
         accuracy; ours, in accuracy_paper, sd_paper ... where a cell was run at the paper's scale and in
         accuracy_toy, sd_toy ... where it was not, in accuracy_unfinished ... where learning rates are all that is
         still to be tried: they never share a column (accuracy is per labelled position, sequence_accuracy the whole
-        output); seeds; scale, in words; verdict, empty for a cell that the paper does not have.
+        output); seeds; num_train; scale, in words; verdict, empty for a cell that the paper does not have.
     """
-    cells = mqar_cells(rows, resona)
-    ours = cells[cells["profile"] == profile].drop(columns="profile")
-    table = _paper_cells().merge(ours, on=[*_PLACE, "variant"], how="outer")
-    gaps = [paper_scale_gaps(cell) if cell["seeds"] > 0 else [] for cell in table.to_dict("records")]
-    scale = [_kind(gap) if seeds > 0 else "" for seeds, gap in zip(table["seeds"], gaps, strict=True)]
-    table = table.assign(scale_kind=scale, seeds=table["seeds"].fillna(0).astype(int),
-                         model=[mark(mixer).name for mixer in table["mixer"]])
-    table["scale"] = [_scale_words(cell, profile) for cell in table.to_dict("records")]
-    table["verdict"] = _verdicts(table)
+    table = _beside_the_paper(mqar_cells(with_zoologys_examples(rows), resona), profile)
+    table["verdict"] = _verdicts(table, _beside_the_paper(mqar_cells(rows, resona), profile))
     for kind in _TITLES:
         for name in _OURS:
             table[f"{name}_{kind}"] = table[name].where(table["scale_kind"] == kind)
     table = table.assign(order=table["mixer"].map(list(MODELS).index))
     table = table.sort_values(["order", "length", "d_model", "variant"]).reset_index(drop=True)
     return table[["mixer", "model", "variant", "length", "pairs", "d_model", "paper",
-                  *(f"{name}_{kind}" for kind in _TITLES for name in _OURS), "seeds", "scale", "verdict"]]
+                  *(f"{name}_{kind}" for kind in _TITLES for name in _OURS), "seeds", "num_train", "scale", "verdict"]]
 
 
 def verdict_counts(table: pd.DataFrame) -> dict[str, int]:
@@ -87,13 +83,24 @@ def results_table_markdown(table: pd.DataFrame) -> str:
     return "\n\n".join(parts)
 
 
-def _paper_cells() -> pd.DataFrame:
-    """Table 11 as printed: _PLACE, variant, paper."""
+def printed_cells() -> pd.DataFrame:
+    """Table 11 as printed: mixer, variant, length, pairs, d_model, paper."""
     mixer_of = {m.name: mixer for mixer, m in MODELS.items()}
     values = paper_values("resona", 11)
     return pd.DataFrame({
         "mixer": values["model"].map(mixer_of), "variant": values["variant"], "length": values["L"],
         "pairs": values["L"] // PAPER_POSITIONS_A_PAIR, "d_model": values["d_model"], "paper": values["value"]})
+
+
+def _beside_the_paper(cells: pd.DataFrame, profile: str) -> pd.DataFrame:
+    """The printed cells and a profile's own, those that both have in one line, with what scale ours are of."""
+    ours = cells[cells["profile"] == profile].drop(columns="profile")
+    table = printed_cells().merge(ours, on=[*_PLACE, "variant"], how="outer")
+    gaps = [paper_scale_gaps(cell) if cell["seeds"] > 0 else [] for cell in table.to_dict("records")]
+    scale = [_kind(gap) if seeds > 0 else "" for seeds, gap in zip(table["seeds"], gaps, strict=True)]
+    table = table.assign(scale_kind=scale, seeds=table["seeds"].fillna(0).astype(int),
+                         model=[mark(mixer).name for mixer in table["mixer"]])
+    return table.assign(scale=[_scale_words(cell, profile) for cell in table.to_dict("records")])
 
 
 def _kind(gaps: list[str]) -> str:
@@ -115,9 +122,11 @@ def _scale_words(cell: Mapping[str, Any], profile: str) -> str:
     return f"{words}, {len(cell['learning_rates'])} of {len(PAPER_LEARNING_RATES)} learning rates"
 
 
-def _verdicts(table: pd.DataFrame) -> list[str]:
-    """The verdict of each line; a line with Resona is judged beside the base line of the same scale."""
-    base = table[table["variant"] == "base"].set_index([*_PLACE, "scale"])["accuracy"].dropna().to_dict()
+def _verdicts(table: pd.DataFrame, same_budget: pd.DataFrame) -> list[str]:
+    """The verdict of each line; a line with Resona is judged beside the base line of the same scale, of `same_budget`.
+    """
+    base = same_budget[same_budget["variant"] == "base"]
+    base = base.set_index([*_PLACE, "scale"])["accuracy"].dropna().to_dict()
     paper_base = table[table["variant"] == "base"].set_index(_PLACE)["paper"].to_dict()
     return [_verdict(cell, base, paper_base) for cell in table.to_dict("records")]
 
@@ -145,6 +154,8 @@ def _wide(ran: pd.DataFrame, kind: str) -> pd.DataFrame:
     for variant in sorted(ran["variant"].unique()):
         cells = places.merge(ran[ran["variant"] == variant], on=_PLACE, how="left")
         title = variant if variant == "base" else f"+Resona {variant.removeprefix('resona')}"
+        if cells["num_train"].nunique() > 1:
+            wide[f"{title}: examples"] = [NOTHING if pd.isna(many) else f"{many:,.0f}" for many in cells["num_train"]]
         wide[f"{title}: paper"] = [NOTHING if pd.isna(value) else f"{value:.3f}" for value in cells["paper"]]
         wide[f"{title}: ours"] = [mean_sd(cell[f"accuracy_{kind}"], cell[f"sd_{kind}"], cell["seeds"])
                                   for cell in cells.to_dict("records")]
