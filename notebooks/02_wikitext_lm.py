@@ -61,7 +61,7 @@ chunks: str = "search"  # Resona: what it reads, its own finds (search) or those
 shown_mixer: str = "gla"  # backbone of the controls, and of the view of what was retrieved
 ablated: dict[str, list] = {"gate": ["none"], "encoder": ["place"]}  # Resona options, and values tried in their place
 packed_variants: list[str] = ["base", "resona"]  # trained on packed articles too, to see what leaks between them
-longer: dict[str, int] = {}  # backbones that are trained once more from the start, with this many steps
+changed: dict[str, dict] = {}  # backbones that are trained once more, with these options of their mixer
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
@@ -71,11 +71,11 @@ from IPython.display import Markdown
 
 from lrm_recall import provenance
 from lrm_recall.figures.display import save, show
-from lrm_recall.figures.lm_controls import ablation_table, leak_table, longer_table, retrieval_control, speed_table
+from lrm_recall.figures.lm_controls import ablation_table, changed_table, leak_table, retrieval_control, speed_table
 from lrm_recall.figures.lm_curves import lm_curves
 from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
-from lrm_recall.figures.lm_rows import split_by_steps
+from lrm_recall.figures.lm_rows import split_changed
 from lrm_recall.figures.lm_table2 import lm_table2, table2_markdown
 from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown
 from lrm_recall.figures.tables import markdown, write_table
@@ -126,7 +126,7 @@ settings = {"corpus": corpus, "own_tokenizer": own_tokenizer, "vocab_size": voca
             "eval_every": eval_every, "chunks": chunks}
 
 
-def grid(mixers, variants, settings=settings, **options):
+def grid(mixers, variants, settings=settings, shapes=shapes, **options):
     """Every combination with every seed; `options` are changes to the Resona settings."""
     return lm_runs(mixers=mixers, shapes=shapes, variants=variants, seeds=seeds, resona=resona | options,
                    settings=settings)
@@ -138,8 +138,10 @@ control = grid([shown_mixer], ["resona"], alpha=1.0)
 packed = grid([shown_mixer], packed_variants, settings | {"packed": True}) if packed_variants else []
 ablation = [run for option, values in ablated.items() for value in values
             for run in grid([shown_mixer], ["resona"], **{option: value})]
-more_steps = [run for mixer, many in longer.items() for run in grid([mixer], variants, settings | {"steps": many})]
-runs = main + control + packed + ablation + more_steps
+other = {mixer: shapes[mixer] | {"mixer_args": shapes[mixer].get("mixer_args", {}) | options}
+         for mixer, options in changed.items()}
+other_mixers = grid(list(other), variants, shapes=other) if other else []
+runs = main + control + packed + ablation + other_mixers
 
 # %% [markdown]
 # The store knows which of these runs are done; only the others are trained. A run that is stopped, or killed, goes on
@@ -155,7 +157,7 @@ print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
 # %%
 own = run_sweep(runs, how, store, profile=profile, workers=workers, fresh=fresh, retry_failed=retry_failed,
                 on_row=forget_checkpoints)
-rows, longer_rows = split_by_steps(load_profiles(results_dir, GROUP), profile, steps)
+rows, changed_rows = split_changed(load_profiles(results_dir, GROUP), profile, changed)
 
 # %% [markdown]
 # ## Table 2: the paper beside ours
@@ -233,16 +235,16 @@ files += write_table(ablations, output_dir, "lm_ablation", ablations_text)
 Markdown(ablations_text)
 
 # %% [markdown]
-# ## More steps
+# ## Does it depend on the backbone's own options?
 #
-# A backbone that has learned little cannot show what retrieval adds to it. Where `longer` asks for it, the same models
-# are trained from the start with more steps, over the same text:
+# DeltaNet is the only one of the five whose mixer has no output gate. Where `changed` asks for it, a backbone is
+# trained once more with other options of its mixer, all variants alike:
 
 # %%
-more = longer_table(rows, longer_rows, profile, resona)
-more_text = markdown(more) if len(more) else "Not asked for in this profile, or not run yet."
-files += write_table(more, output_dir, "lm_longer", more_text)
-Markdown(more_text)
+others = changed_table(rows, changed_rows, profile, resona, changed)
+others_text = markdown(others) if len(others) else "Not asked for in this profile, or not run yet."
+files += write_table(others, output_dir, "lm_changed", others_text)
+Markdown(others_text)
 
 # %% [markdown]
 # ## What leaks between packed articles

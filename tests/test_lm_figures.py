@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 
 from lrm_recall.figures.display import alt_text
-from lrm_recall.figures.lm_controls import ablation_table, leak_table, longer_table, retrieval_control, speed_table
+from lrm_recall.figures.lm_controls import ablation_table, changed_table, leak_table, retrieval_control, speed_table
 from lrm_recall.figures.lm_curves import lm_curves
 from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
-from lrm_recall.figures.lm_rows import lm_cells, lm_rows, split_by_steps
+from lrm_recall.figures.lm_rows import lm_cells, lm_rows, split_changed
 from lrm_recall.figures.lm_table2 import PAPER_SHAPES, lm_table2, table2_markdown
 from lrm_recall.figures.lm_table8 import EXPERIMENT, lm_table8, table8_markdown
 from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TREND_ONLY
@@ -182,17 +182,21 @@ def test_controls(rows):
     assert speed_table(rows, "smoke", RESONA).shape == (2, 4)
 
 
-def test_runs_with_more_steps_stand_apart():
-    usual, more = grid(["gla", "deltanet"]), grid(["deltanet"], settings={"steps": 400})
-    made = [make(run, LOSSES[run.variant]) for run in usual] + [make(run, LOSSES[run.variant] - 1, 9) for run in more]
-    rows, longer = split_by_steps(frame(made), "smoke", 100)
-    assert (len(rows), len(longer)) == (6, 3) and set(lm_rows(rows)["steps"]) == {100}
-    table = longer_table(rows, longer, "smoke", RESONA)
-    assert table["backbone"].tolist() == ["DeltaNet"] * 2 and table["steps"].tolist() == ["100", "400"]
+def test_backbones_with_other_options_stand_apart():
+    options = {"deltanet": {"use_gate": True}}
+    shapes = {"deltanet": SHAPES["deltanet"] | {"mixer_args": {"num_heads": 2, "use_gate": True}}}
+    gated = lm_runs(mixers=["deltanet"], shapes=shapes, resona=RESONA, settings=SETTINGS)
+    made = [make(run, LOSSES[run.variant]) for run in grid()]
+    made += [make(run, LOSSES[run.variant] - 1, created=9) for run in gated]
+    rows, changed = split_changed(frame(made), "smoke", options)
+    assert (len(rows), len(changed)) == (6, 3) and lm_rows(rows)["test_loss"].min() == 3.9
+    table = changed_table(rows, changed, "smoke", RESONA, options)
+    assert table["backbone"].tolist() == ["DeltaNet"] * 2
+    assert table["mixer"].tolist() == ["as in Table 2", "use_gate True"]
     assert table["+ Resona"].tolist() == pytest.approx([math.exp(3.9), math.exp(2.9)])
     assert table["nats below size-matched"].tolist() == pytest.approx([0.08, 0.08])
-    others, none = split_by_steps(frame(made), "laptop", 100)  # another profile's steps are its own
-    assert len(others) == 9 and longer_table(others, none, "smoke", RESONA).empty
+    for others, none in (split_changed(frame(made), "laptop", options), split_changed(frame(made), "smoke", {})):
+        assert len(others) == 9 and changed_table(others, none, "smoke", RESONA, options).empty
 
 
 def test_a_change_of_one_seed_is_held_against_that_seed(rows):

@@ -1,4 +1,4 @@
-"""Controls of the language-model runs: retrieval that cannot help, more steps, what leaks between packed articles."""
+"""Controls of the language-model runs: retrieval that cannot help, other mixers, what leaks between articles."""
 
 from __future__ import annotations
 
@@ -69,30 +69,33 @@ def ablation_table(
                                         "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
 
 
-def longer_table(rows: pd.DataFrame, longer: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> pd.DataFrame:
-    """Backbones that were trained with more steps too: does what Resona gains come, or go, with training?
+def changed_table(
+    rows: pd.DataFrame, changed: pd.DataFrame, profile: str, resona: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+) -> pd.DataFrame:  # fmt: skip
+    """Backbones with other options of their mixer, beside the same as they are: does Resona's gain depend on those?
 
     Args:
-        rows, longer: result rows, those of the usual number of steps and the others (`lm_rows.split_by_steps`).
-        profile: whose. resona: the options in use.
+        rows, changed: result rows, those of the mixers as they are and the others (`lm_rows.split_changed`).
+        profile: whose. resona: the options in use. options: mixer -> what was changed.
 
     Returns:
-        backbone, steps, tokens (millions), seeds, test PPL of each variant that ran, and how many nats a token Resona
-        is below the others; one line a backbone and number of steps.
+        backbone, mixer (its options in words), seeds (the fewest of the variants), test PPL of each variant that ran,
+        and how many nats a token Resona is below the others; one line a backbone as it is and one changed.
     """
-    cells = pd.concat([lm_cells(each, resona) for each in (rows, longer)])
-    cells = cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool)]
-    cells = cells[cells["mixer"].isin(longer["config.mixer"] if len(longer) else [])]
-    variants, lines = variants_in(cells), []
-    for mixer in in_order(cells["mixer"]):
-        for steps, part in cells[cells["mixer"] == mixer].groupby("steps"):
+    sides = [lm_cells(each, resona) for each in (rows, changed)]
+    sides = [cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool)] for cells in sides]
+    variants, lines = variants_in(pd.concat(sides)), []
+    for mixer in in_order([mixer for mixer in options if mixer in set(sides[1]["mixer"])]):
+        words = ", ".join(f"{name} {value}" for name, value in options[mixer].items())
+        for cells, how in zip(sides, ("as in Table 2", words), strict=True):
+            part = cells[cells["mixer"] == mixer]
             loss = part.set_index("variant")["test_loss"]
             lines.append({
-                "backbone": mark(mixer).name, "steps": f"{steps:,.0f}", "tokens, M": part["tokens"].max() / 1e6,
-                "seeds": part["seeds"].min(),
+                "backbone": mark(mixer).name, "mixer": how, "seeds": part["seeds"].min(),
                 **{VARIANT_NAMES[name]: math.exp(loss.get(name, math.nan)) for name in variants},
-                **{f"nats below {words}": loss.get(other, math.nan) - loss.get("resona", math.nan)
-                   for other, words in (("base", "base"), ("sp", "size-matched")) if other in variants},
+                **{f"nats below {name}": loss.get(other, math.nan) - loss.get("resona", math.nan)
+                   for other, name in (("base", "base"), ("sp", "size-matched")) if other in variants},
             })  # fmt: skip
     return pd.DataFrame(lines)
 

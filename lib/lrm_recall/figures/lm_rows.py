@@ -50,11 +50,21 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
     return _newest_setup(named)[list(dict.fromkeys(columns.values()))].reset_index(drop=True)
 
 
-def split_by_steps(rows: pd.DataFrame, profile: str, steps: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows without those of a profile's runs of another number of steps; and the others."""
-    if "config.steps" not in rows:
-        return rows, rows[:0]
-    apart = (rows["profile"] == profile) & (rows["experiment"] == EXPERIMENT) & (rows["config.steps"] != steps)
+def split_changed(
+    rows: pd.DataFrame, profile: str, changed: Mapping[str, Mapping[str, Any]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows without those of a profile's backbones that have other options of their mixer; and these.
+
+    Args:
+        rows: result rows. profile: whose. changed: mixer -> the options, by which its rows are told.
+    """
+    apart = pd.Series(False, index=rows.index)
+    for mixer, options in changed.items():
+        columns = {f"config.mixer_args.{name}": value for name, value in options.items()}
+        if columns and set(columns) <= set(rows.columns):
+            same = [rows[column].map(lambda found, value=value: found == value) for column, value in columns.items()]
+            own = (rows["profile"] == profile) & (rows["config.mixer"] == mixer)
+            apart |= own & pd.concat(same, axis=1).all(axis=1)
     return rows[~apart], rows[apart]
 
 
