@@ -30,6 +30,7 @@ fresh: bool = False  # train again what is stored already; the command line sets
 workers: int = 2  # training processes at a time, one thread each; 1 on a GPU
 device: str = "cpu"  # where to train: cpu, or cuda
 retry_failed: bool = False  # try again the runs that failed before
+budget: int | None = None  # seconds; starts no run that would end later; 0 draws what is stored, with its gaps
 corpus: str | dict = {"name": "squad", "validation": 0.03, "test": 0.03}  # text: a name of `lrm-recall data list`
 own_tokenizer: bool = True  # tokens trained on the corpus' training split; false: the corpus' tokenizer
 vocab_size: int = 1024  # of the model, and of its own tokenizer
@@ -65,6 +66,7 @@ changed: dict[str, dict] = {}  # backbones that are trained once more, with thes
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
+import time
 from pathlib import Path
 
 from IPython.display import Markdown
@@ -115,7 +117,8 @@ print(prepared.splits["test"][0]["title"], "\n", prepared.splits["test"][0]["tex
 # is in sight.
 #
 # Three kinds of runs are added for one backbone: Resona with no weight (alpha 1); training on packed articles, where
-# neither state nor retrieval stops at an article's beginning; and other choices of what the paper leaves open.
+# neither state nor retrieval stops at an article's beginning; and other choices of what the paper leaves open. A fourth
+# changes an option of the backbone itself (`changed`), in all three variants.
 
 # %%
 resona = {"chunk_size": chunk_size, "top_k": top_k, "encoder": encoder, "gate": gate, "alpha": alpha,
@@ -155,8 +158,9 @@ files = [write_runs(runs, Path(output_dir) / "lm_runs.jsonl")]
 print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
 
 # %%
-own = run_sweep(runs, how, store, profile=profile, workers=workers, fresh=fresh, retry_failed=retry_failed,
-                on_row=forget_checkpoints)
+options = {"profile": profile, "on_row": forget_checkpoints,
+           "deadline": None if budget is None else time.monotonic() + budget}
+own = run_sweep(runs, how, store, workers=workers, fresh=fresh, retry_failed=retry_failed, **options)
 rows, changed_rows = split_changed(load_profiles(results_dir, GROUP), profile, changed)
 
 # %% [markdown]
@@ -174,6 +178,8 @@ files += write_table(table2, output_dir, "lm_table2", table2_text)
 Markdown(table2_text)
 
 # %% [markdown]
+# Differences are between runs of the same seed, which start from the same weights and read the same text.
+#
 # ## Loss curves
 #
 # A line that still falls at its end has not seen enough text: then the table compares how fast models learn.
@@ -237,8 +243,8 @@ Markdown(ablations_text)
 # %% [markdown]
 # ## Does it depend on the backbone's own options?
 #
-# DeltaNet is the only one of the five whose mixer has no output gate. Where `changed` asks for it, a backbone is
-# trained once more with other options of its mixer, all variants alike:
+# DeltaNet is the only one of Table 2's backbones whose mixer has no output gate, and the one that Resona makes worse.
+# Where `changed` asks for it, a backbone is trained once more with other options of its mixer, all variants alike:
 
 # %%
 others = changed_table(rows, changed_rows, profile, resona, changed)
@@ -286,7 +292,7 @@ Markdown(markdown(speed))
 
 # %%
 tried = {"alpha": alpha}
-tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, profile=profile, on_row=forget_checkpoints)
+tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, **options)
 print(tried, [round(row["metrics"]["test_ppl"], 2) for row in tried_rows])
 
 # %%

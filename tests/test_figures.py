@@ -333,6 +333,14 @@ def test_figure_5_marks_the_rows_of_other_profiles():
     assert "committed rows (laptop): base models 0.400 to 0.400" in display.alt_text(figure)
 
 
+def test_a_line_of_figure_5_joins_no_different_budgets():
+    few = [row(accuracy=0.3, d_model=width, input_length=length) for width in (32, 64) for length in (64, 128)]
+    full = row(accuracy=0.9, d_model=32, num_train=100_000, max_epochs=64) | {"experiment": EXAMPLES}
+    text = display.alt_text(mqar_figure5(frame([*few, full]), "laptop"))
+    assert "length 64, BaseConv, Base model: 0.900 at 32;" in text
+    assert "length 128, BaseConv, Base model: 0.300 at 32, 0.300 at 64" in text
+
+
 def test_figure_5_without_own_rows():
     with pytest.raises(ValueError, match="no MQAR rows of profile 'h100' to draw; there are rows of: laptop"):
         mqar_figure5(frame(grid()), "h100")

@@ -182,6 +182,13 @@ def test_controls(rows):
     assert speed_table(rows, "smoke", RESONA).shape == (2, 4)
 
 
+def test_gains_are_between_runs_of_the_same_seed():
+    base, resona = ([run for run in grid(["gla"], seeds=(0, 1)) if run.variant == name] for name in ("base", "resona"))
+    made = [make(base[0], 4.0), make(base[1], 5.0), make(resona[0], 3.9)]  # the second seed with Resona is still to run
+    line = table(made).loc["gla", "resona"]
+    assert line["gain_base"] == pytest.approx(0.1) and math.isnan(line["gain_sp"])
+
+
 def test_backbones_with_other_options_stand_apart():
     options = {"deltanet": {"use_gate": True}}
     shapes = {"deltanet": SHAPES["deltanet"] | {"mixer_args": {"num_heads": 2, "use_gate": True}}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, lm_rows, variants_in
+from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, losses_by_seed, nats_below
 from lrm_recall.figures.style import in_order, mark
 
 
@@ -23,15 +23,15 @@ def retrieval_control(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any
         backbone, model, retrieval, test PPL (by token), nats below base (at the same seeds), seeds; lines that did not
         run are left out.
     """
-    in_use = _losses(rows, profile, resona).get(mixer, {})
-    without = _losses(rows, profile, {**resona, "alpha": 1.0}).get(mixer, {})
+    in_use = losses_by_seed(rows, profile, resona).get(mixer, {})
+    without = losses_by_seed(rows, profile, {**resona, "alpha": 1.0}).get(mixer, {})
     base = in_use.get("base")
     lines = [("Base model", "none", base), ("+ Resona", "the chunks that it finds", in_use.get("resona")),
              ("the same weights", "random chunks of the past", in_use.get("random")),
              ("+ Resona, alpha 1", "trained without any weight", without.get("resona"))]  # fmt: skip
     return pd.DataFrame([
         {"backbone": mark(mixer).name, "model": model, "retrieval": retrieval, "test PPL": math.exp(losses.mean()),
-         "nats below base": math.nan if losses is base else _below(losses, base)[0], "seeds": len(losses)}
+         "nats below base": math.nan if losses is base else nats_below(losses, base)[0], "seeds": len(losses)}
         for model, retrieval, losses in lines if losses is not None
     ], columns=["backbone", "model", "retrieval", "test PPL", "nats below base", "seeds"])  # fmt: skip
 
@@ -49,21 +49,21 @@ def ablation_table(
         backbone, option, value, test PPL, `in use, same seeds` (test PPL), nats below in use, sd (of that difference,
         over seeds), nats below base, seeds; changes that did not run at a seed of the options in use are left out.
     """
-    lines, in_use = [], _losses(rows, profile, resona)
-    tried = [(option, value, _losses(rows, profile, {**resona, option: value}))
+    lines, in_use = [], losses_by_seed(rows, profile, resona)
+    tried = [(option, value, losses_by_seed(rows, profile, {**resona, option: value}))
              for option, values in changes.items() for value in values]  # fmt: skip
     for mixer, (option, value, found) in product(in_order(in_use), tried):
         ours, changed = in_use[mixer].get("resona"), found.get(mixer, {}).get("resona")
         if ours is None or changed is None:
             continue
-        below, sd, shared = _below(changed, ours)
+        below, sd, shared = nats_below(changed, ours)
         if not shared:
             continue
         lines.append({
             "backbone": mark(mixer).name, "option": option, "value": str(value),
             "test PPL": math.exp(changed[shared].mean()), "in use, same seeds": math.exp(ours[shared].mean()),
             "nats below in use": below, "sd": sd,
-            "nats below base": _below(changed[shared], in_use[mixer].get("base"))[0], "seeds": len(shared),
+            "nats below base": nats_below(changed[shared], in_use[mixer].get("base"))[0], "seeds": len(shared),
         })  # fmt: skip
     return pd.DataFrame(lines, columns=["backbone", "option", "value", "test PPL", "in use, same seeds",
                                         "nats below in use", "sd", "nats below base", "seeds"])  # fmt: skip
@@ -81,44 +81,26 @@ def changed_table(
 
     Returns:
         backbone, mixer (its options in words), seeds (the fewest of the variants), test PPL of each variant that ran,
-        and how many nats a token Resona is below the others; one line a backbone as it is and one changed.
+        and how many nats a token Resona is below the others at the same seeds; a backbone as it is, then changed.
     """
-    sides = [lm_cells(each, resona) for each in (rows, changed)]
-    sides = [cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool)] for cells in sides]
-    variants, lines = variants_in(pd.concat(sides)), []
-    for mixer in in_order([mixer for mixer in options if mixer in set(sides[1]["mixer"])]):
+    sides = [losses_by_seed(each, profile, resona) for each in (rows, changed)]
+    mixers = in_order([mixer for mixer in options if mixer in sides[1]])
+    ran = {name for side in sides for mixer in mixers for name in side.get(mixer, {})}
+    variants = [name for name in VARIANT_NAMES if name in ran]
+    lines = []
+    for mixer in mixers:
         words = ", ".join(f"{name} {value}" for name, value in options[mixer].items())
-        for cells, how in zip(sides, ("as in Table 2", words), strict=True):
-            part = cells[cells["mixer"] == mixer]
-            loss = part.set_index("variant")["test_loss"]
+        for side, how in zip(sides, ("as in Table 2", words), strict=True):
+            found = side.get(mixer, {})
+            differences = {name: nats_below(found["resona"], found.get(other))[0] if "resona" in found else math.nan
+                           for other, name in (("base", "base"), ("sp", "size-matched")) if other in variants}
             lines.append({
-                "backbone": mark(mixer).name, "mixer": how, "seeds": part["seeds"].min(),
-                **{VARIANT_NAMES[name]: math.exp(loss.get(name, math.nan)) for name in variants},
-                **{f"nats below {name}": loss.get(other, math.nan) - loss.get("resona", math.nan)
-                   for other, name in (("base", "base"), ("sp", "size-matched")) if other in variants},
+                "backbone": mark(mixer).name, "mixer": how, "seeds": min(map(len, found.values()), default=0),
+                **{VARIANT_NAMES[name]: math.exp(found[name].mean()) if name in found else math.nan
+                   for name in variants},
+                **{f"nats below {name}": nats for name, nats in differences.items()},
             })  # fmt: skip
     return pd.DataFrame(lines)
-
-
-def _losses(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> dict[str, dict[str, pd.Series]]:
-    """Test losses by seed, by mixer and variant that ran; "random" are those of Resona when it reads random chunks."""
-    runs = lm_rows(rows, resona)
-    runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool)]
-    found: dict[str, dict[str, pd.Series]] = {}
-    for (mixer, variant), part in runs.groupby(["mixer", "variant"]):
-        part = part.set_index("seed")
-        found.setdefault(mixer, {})[variant] = part["test_loss"].astype(float)
-        read = part["random_chunks_ppl"].astype(float).dropna()
-        if variant == "resona" and len(read):
-            found[mixer]["random"] = read.map(math.log)
-    return found
-
-
-def _below(losses: pd.Series, others: pd.Series | None) -> tuple[float, float, list[int]]:
-    """By how much losses are below others in the mean over the seeds that both have; the sd of that; those seeds."""
-    shared = [] if others is None else sorted(set(losses.index) & set(others.index))
-    difference = (others[shared] - losses[shared]) if shared else pd.Series(dtype=float)
-    return difference.mean(), difference.std(), shared
 
 
 def leak_table(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> pd.DataFrame:

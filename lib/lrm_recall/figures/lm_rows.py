@@ -7,6 +7,7 @@ is history. Perplexities are averaged as losses, in nats, whose standard deviati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,29 @@ def lm_cells(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.
         sd=("test_loss", "std"), seeds=("seed", "nunique"), tokens_per_s=("tokens_per_s", "max"),
         **{name: (name, "mean") for name in numbers},
     )  # fmt: skip
+
+
+def losses_by_seed(
+    rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
+) -> dict[str, dict[str, pd.Series]]:  # fmt: skip
+    """Test losses by seed, by mixer and variant that ran; "random" are those of Resona when it reads random chunks."""
+    runs = lm_rows(rows, resona)
+    runs = runs[(runs["profile"] == profile) & ~runs["packed"].astype(bool)]
+    found: dict[str, dict[str, pd.Series]] = {}
+    for (mixer, variant), part in runs.groupby(["mixer", "variant"]):
+        part = part.set_index("seed")
+        found.setdefault(mixer, {})[variant] = part["test_loss"].astype(float)
+        read = part["random_chunks_ppl"].astype(float).dropna()
+        if variant == "resona" and len(read):
+            found[mixer]["random"] = read.map(math.log)
+    return found
+
+
+def nats_below(losses: pd.Series, others: pd.Series | None) -> tuple[float, float, list[int]]:
+    """By how much losses are below others in the mean over the seeds that both have; the sd of that; those seeds."""
+    shared = [] if others is None else sorted(set(losses.index) & set(others.index))
+    difference = (others[shared] - losses[shared]) if shared else pd.Series(dtype=float)
+    return difference.mean(), difference.std(), shared
 
 
 def variants_in(runs: pd.DataFrame) -> list[str]:

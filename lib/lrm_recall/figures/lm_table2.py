@@ -22,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells
+from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, losses_by_seed, nats_below
 from lrm_recall.figures.style import MODELS, mark
 from lrm_recall.figures.tables import NOTHING, markdown
 from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TREND_ONLY, VERDICTS
@@ -49,8 +49,8 @@ def lm_table2(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
     Returns:
         mixer, model, variant; paper_params (millions) and paper_ppl; parameters; ppl_paper and sd_paper where a line
         was run at the paper's scale, ppl_toy and sd_toy where it was not (sd in nats a token); word_ppl; seeds; scale,
-        in words; gain_base and gain_sp, nats a token below our base and our size-matched model; gaps, what keeps the
-        line from the paper's scale; verdict.
+        in words; gain_base and gain_sp, nats a token below our base and our size-matched model at the same seeds; gaps,
+        what keeps the line from the paper's scale; verdict.
     """
     cells = lm_cells(rows, resona)
     ours = cells[(cells["profile"] == profile) & ~cells["packed"].astype(bool)]
@@ -62,8 +62,9 @@ def lm_table2(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
     ppl = table["test_loss"].map(math.exp, na_action="ignore")
     for kind, where in (("paper", at_paper), ("toy", toy)):
         table[f"ppl_{kind}"], table[f"sd_{kind}"] = ppl.where(where), table["sd"].where(where)
+    losses = losses_by_seed(rows, profile, resona)
     for other in ("base", "sp"):
-        table[f"gain_{other}"] = _gains(table, other)
+        table[f"gain_{other}"] = _gains(table, losses, other)
     table["scale"] = [_scale_words(line, profile) for line in table.to_dict("records")]
     spread = table.set_index(["mixer", "variant"])["sd"].to_dict()
     table["verdict"] = [_verdict(line, spread) for line in table.to_dict("records")]
@@ -121,11 +122,17 @@ def _paper_lines() -> pd.DataFrame:
     return wide.rename(columns={"params": "paper_params", "ppl": "paper_ppl"}).rename_axis(columns=None)
 
 
-def _gains(table: pd.DataFrame, other: str) -> list[float | None]:
-    """How many nats a token each line lies below the other variant of its model; positive is better."""
-    losses = table[table["variant"] == other].set_index("mixer")["test_loss"].to_dict()
-    return [None if line["variant"] == other else losses.get(line["mixer"], math.nan) - line["test_loss"]
-            for line in table.to_dict("records")]  # fmt: skip
+def _gains(
+    table: pd.DataFrame, losses: Mapping[str, Mapping[str, pd.Series]], other: str
+) -> list[float | None]:  # fmt: skip
+    """How many nats a token each line lies below the other variant of its model, at the seeds that both ran with;
+    positive is better."""
+    gains: list[float | None] = []
+    for line in table.to_dict("records"):
+        found = losses.get(line["mixer"], {})
+        own = found.get(line["variant"], pd.Series(dtype=float))
+        gains.append(None if line["variant"] == other else nats_below(own, found.get(other))[0])
+    return gains
 
 
 def _verdict(line: Mapping[str, Any], spread: Mapping[tuple[str, str], float]) -> str:

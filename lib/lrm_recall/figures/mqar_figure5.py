@@ -44,7 +44,7 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
     Filled markers on solid lines are the profile's own rows (mean over seeds, a bar of one standard deviation
     where there are several), small ones on dotted lines the committed rows of other profiles, rings on dashed
     lines the paper's Table 11 for the models drawn: a dot inside its ring is a value met. Base models are those with
-    zoology's examples where these have run, as in the table.
+    zoology's examples where these have run; a line holds the widths that ran with the most examples alone.
 
     Args:
         rows: result rows of any number of profiles.
@@ -55,6 +55,8 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
         ValueError: the profile has no MQAR rows.
     """
     runs = chosen_runs(with_zoologys_examples(rows), resona)
+    lines = runs.groupby(["profile", "mixer", "variant", "length"])
+    runs = runs[runs["num_train"] == lines["num_train"].transform("max")]  # no line joins different budgets
     own = runs[runs["profile"] == profile]
     if own.empty:
         raise ValueError(f"no MQAR rows of profile {profile!r} to draw; there are rows of: "
