@@ -77,10 +77,11 @@ from lrm_recall.figures.lm_controls import ablation_table, changed_table, leak_t
 from lrm_recall.figures.lm_curves import lm_curves
 from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
-from lrm_recall.figures.lm_rows import split_changed
+from lrm_recall.figures.lm_rows import with_mixer_args
 from lrm_recall.figures.lm_table2 import lm_table2, table2_markdown
 from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown
 from lrm_recall.figures.tables import markdown, write_table
+from lrm_recall.options import check_names
 from lrm_recall.promises import promise
 from lrm_recall.results import ResultStore, load_profiles, profile_path
 from lrm_recall.sweep import plan_sweep, run_sweep
@@ -141,8 +142,10 @@ control = grid([shown_mixer], ["resona"], alpha=1.0)
 packed = grid([shown_mixer], packed_variants, settings | {"packed": True}) if packed_variants else []
 ablation = [run for option, values in ablated.items() for value in values
             for run in grid([shown_mixer], ["resona"], **{option: value})]
-other = {mixer: shapes[mixer] | {"mixer_args": shapes[mixer].get("mixer_args", {}) | options}
-         for mixer, options in changed.items()}
+usual_args = {mixer: shape.get("mixer_args", {}) for mixer, shape in shapes.items()}
+check_names("changed", changed, shapes)
+changed_args = {mixer: usual_args[mixer] | options for mixer, options in changed.items()}
+other = {mixer: shapes[mixer] | {"mixer_args": args} for mixer, args in changed_args.items()}
 other_mixers = grid(list(other), variants, shapes=other) if other else []
 runs = main + control + packed + ablation + other_mixers
 
@@ -161,7 +164,8 @@ print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
 options = {"profile": profile, "on_row": forget_checkpoints,
            "deadline": None if budget is None else time.monotonic() + budget}
 own = run_sweep(runs, how, store, workers=workers, fresh=fresh, retry_failed=retry_failed, **options)
-rows, changed_rows = split_changed(load_profiles(results_dir, GROUP), profile, changed)
+stored = load_profiles(results_dir, GROUP)
+rows, changed_rows = (with_mixer_args(stored, profile, args) for args in (usual_args, changed_args))
 
 # %% [markdown]
 # ## Table 2: the paper beside ours
@@ -178,7 +182,8 @@ files += write_table(table2, output_dir, "lm_table2", table2_text)
 Markdown(table2_text)
 
 # %% [markdown]
-# Differences are between runs of the same seed, which start from the same weights and read the same text.
+# Differences are between runs of the same seed, which read the same text in the same order; a model with Resona also
+# starts from the weights of its base, where their shapes agree.
 #
 # ## Loss curves
 #
@@ -243,8 +248,8 @@ Markdown(ablations_text)
 # %% [markdown]
 # ## Does it depend on the backbone's own options?
 #
-# DeltaNet is the only one of Table 2's backbones whose mixer has no output gate, and the one that Resona makes worse.
-# Where `changed` asks for it, a backbone is trained once more with other options of its mixer, all variants alike:
+# DeltaNet is the only one of Table 2's backbones without an output gate (in Hymba the Mamba half has one). Where
+# `changed` asks for it, a backbone is trained once more with other options of its mixer, all variants alike:
 
 # %%
 others = changed_table(rows, changed_rows, profile, resona, changed)
@@ -292,7 +297,7 @@ Markdown(markdown(speed))
 
 # %%
 tried = {"alpha": alpha}
-tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, **options)
+tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, **options | {"deadline": None})
 print(tried, [round(row["metrics"]["test_ppl"], 2) for row in tried_rows])
 
 # %%

@@ -150,6 +150,8 @@ def any_of(rows):
 
 
 parts = [rows_of(part) for part in (main, states, training, cold)]
+if runs and not any(parts):
+    raise ValueError(f"no measurement on {device_name} has succeeded, or is stored")
 main_rows, state_rows, training_rows, cold_rows = map(frame, parts)
 print(f"{sum(map(len, parts))} rows of {len(runs)} runs on {device_name}")
 
@@ -170,7 +172,7 @@ if any_of(main_rows):
     display(Markdown("\n\n".join(texts.values())))
 
 # %%
-if any_of(main_rows):
+if any_of(frame([row for row in parts[0] if row["config"]["resona"]])):
     overhead = resona_overhead(main_rows)
     files += save(overhead, output_dir, "efficiency_overhead")
     show(overhead)

@@ -267,6 +267,9 @@ def test_base_models_with_zoologys_examples_count_and_resona_is_judged_beside_it
     assert ran["verdict"].to_dict() == {(32, "base"): NOT_RUN, (64, "base"): TREND_ONLY, (32, "resona0"): TREND_ONLY}
     assert "100,000 examples, at most 64 epochs, 1 of 4 learning rates" in ran.loc[(32, "base"), "scale"]
     assert with_zoologys_examples(frame(few)).equals(frame(few))
+    own = row(accuracy=0.42, num_train=100_000, max_epochs=64, learning_rate=2.15e-3)  # a sweep's own, of that budget
+    both = mqar_runs(with_zoologys_examples(frame([*few, *full, own])))
+    assert set(both.loc[(both["variant"] == "base") & (both["d_model"] == 32), "accuracy"]) == {0.41, 0.42}
 
 
 def test_the_base_of_another_profile_is_no_comparison():

@@ -76,12 +76,14 @@ def changed_table(
     """Backbones with other options of their mixer, beside the same as they are: does Resona's gain depend on those?
 
     Args:
-        rows, changed: result rows, those of the mixers as they are and the others (`lm_rows.split_changed`).
+        rows, changed: result rows, those of the mixers as they are and those with other options
+            (`lm_rows.with_mixer_args`).
         profile: whose. resona: the options in use. options: mixer -> what was changed.
 
     Returns:
-        backbone, mixer (its options in words), seeds (the fewest of the variants), test PPL of each variant that ran,
-        and how many nats a token Resona is below the others at the same seeds; a backbone as it is, then changed.
+        backbone, mixer (its options in words), seeds (those that both have), test PPL of each variant that ran, and how
+        many nats a token Resona is below the others, the mean and standard deviation over the seeds; a backbone as it
+        is, then changed.
     """
     sides = [losses_by_seed(each, profile, resona) for each in (rows, changed)]
     mixers = in_order([mixer for mixer in options if mixer in sides[1]])
@@ -90,16 +92,18 @@ def changed_table(
     lines = []
     for mixer in mixers:
         words = ", ".join(f"{name} {value}" for name, value in options[mixer].items())
-        for side, how in zip(sides, ("as in Table 2", words), strict=True):
-            found = side.get(mixer, {})
-            differences = {name: nats_below(found["resona"], found.get(other))[0] if "resona" in found else math.nan
-                           for other, name in (("base", "base"), ("sp", "size-matched")) if other in variants}
-            lines.append({
-                "backbone": mark(mixer).name, "mixer": how, "seeds": min(map(len, found.values()), default=0),
-                **{VARIANT_NAMES[name]: math.exp(found[name].mean()) if name in found else math.nan
-                   for name in variants},
-                **{f"nats below {name}": nats for name, nats in differences.items()},
-            })  # fmt: skip
+        both = [side.get(mixer, {}) for side in sides]
+        seeds = set.intersection(*(set(losses.index) for found in both for losses in found.values()))
+        for found, how in zip(both, ("as in Table 2", words), strict=True):
+            found = {name: losses[sorted(seeds)] for name, losses in found.items()}
+            line = {"backbone": mark(mixer).name, "mixer": how, "seeds": len(seeds)}
+            line |= {VARIANT_NAMES[name]: math.exp(found[name].mean()) if name in found else math.nan
+                     for name in variants}
+            for other, name in (("base", "base"), ("sp", "size-matched")):
+                if other in variants and "resona" in found:
+                    nats, sd, _ = nats_below(found["resona"], found.get(other))
+                    line |= {f"nats below {name}": nats, f"below {name}: sd": sd}
+            lines.append(line)
     return pd.DataFrame(lines)
 
 

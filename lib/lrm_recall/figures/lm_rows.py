@@ -13,6 +13,8 @@ from typing import Any
 
 import pandas as pd
 
+from lrm_recall.results import frame
+
 EXPERIMENT = "language_model"
 CELL = ("profile", "mixer", "variant", "packed")
 VARIANT_NAMES = {"base": "Base model", "sp": "Size-matched base", "resona": "+ Resona"}
@@ -51,22 +53,20 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
     return _newest_setup(named)[list(dict.fromkeys(columns.values()))].reset_index(drop=True)
 
 
-def split_changed(
-    rows: pd.DataFrame, profile: str, changed: Mapping[str, Mapping[str, Any]]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows without those of a profile's backbones that have other options of their mixer; and these.
+def with_mixer_args(rows: pd.DataFrame, profile: str, options: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The rows without those of a profile's runs whose mixer has other options.
 
     Args:
-        rows: result rows. profile: whose. changed: mixer -> the options, by which its rows are told.
+        rows: result rows. profile: whose; rows of other profiles stay. options: mixer -> its options, all of them;
+            rows of mixers that are not there are left out too.
     """
-    apart = pd.Series(False, index=rows.index)
-    for mixer, options in changed.items():
-        columns = {f"config.mixer_args.{name}": value for name, value in options.items()}
-        if columns and set(columns) <= set(rows.columns):
-            same = [rows[column].map(lambda found, value=value: found == value) for column, value in columns.items()]
-            own = (rows["profile"] == profile) & (rows["config.mixer"] == mixer)
-            apart |= own & pd.concat(same, axis=1).all(axis=1)
-    return rows[~apart], rows[apart]
+    if rows.empty:
+        return rows
+    ours = (rows["profile"] == profile) & (rows["experiment"] == EXPERIMENT)
+    keep = ~ours
+    for mixer, wanted in options.items():
+        keep |= ours & (rows["config.mixer"] == mixer) & _has_options(rows, wanted)
+    return rows[keep]
 
 
 def lm_cells(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.DataFrame:
@@ -113,6 +113,18 @@ def nats_below(losses: pd.Series, others: pd.Series | None) -> tuple[float, floa
 def variants_in(runs: pd.DataFrame) -> list[str]:
     """The variants that are there, in the order of Table 2."""
     return [variant for variant in VARIANT_NAMES if (runs["variant"] == variant).any()]
+
+
+def _has_options(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.Series:
+    """Which rows have these options of their mixer, and no others."""
+    stored = frame([{"config": {"mixer_args": wanted}}])  # named and shaped as rows are
+    columns = {*stored.columns, *(name for name in rows.columns if name.startswith("config.mixer_args"))}
+    same = pd.Series(True, index=rows.index)
+    for name in columns:
+        value = stored[name].iloc[0] if name in stored else None
+        found = rows[name] if name in rows else pd.Series(None, index=rows.index)
+        same &= found.isna() if value is None else found.map(lambda each, value=value: each == value).astype(bool)
+    return same
 
 
 def _newest_setup(runs: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ than its base, and than a base of its own size. Differences are counted in nats 
 
 reproduced      at the paper's own scale: the perplexity is within 5 % of the printed one.
 trend only      not that, but the paper's statement about the line holds, by 0.005 nats (half a per cent of the
-                perplexity) and, where there are several seeds, by more than their spread:
+                perplexity) and, where both ran with several seeds, by more than the difference's standard deviation:
                 + Resona            lower than the base and than the size-matched one (where the table has one)
                 size-matched base   no higher than the base by more than that
 not reproduced  we ran it and it does not hold.
@@ -64,10 +64,10 @@ def lm_table2(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
         table[f"ppl_{kind}"], table[f"sd_{kind}"] = ppl.where(where), table["sd"].where(where)
     losses = losses_by_seed(rows, profile, resona)
     for other in ("base", "sp"):
-        table[f"gain_{other}"] = _gains(table, losses, other)
+        table[[f"gain_{other}", f"gain_sd_{other}"]] = _gains(table, losses, other)
     table["scale"] = [_scale_words(line, profile) for line in table.to_dict("records")]
-    spread = table.set_index(["mixer", "variant"])["sd"].to_dict()
-    table["verdict"] = [_verdict(line, spread) for line in table.to_dict("records")]
+    there = set(zip(table["mixer"], table["variant"], strict=True))
+    table["verdict"] = [_verdict(line, there) for line in table.to_dict("records")]
     table = table.assign(
         model=[mark(mixer).name for mixer in table["mixer"]],
         line=[(list(MODELS).index(mixer), list(VARIANT_NAMES).index(variant))
@@ -124,18 +124,19 @@ def _paper_lines() -> pd.DataFrame:
 
 def _gains(
     table: pd.DataFrame, losses: Mapping[str, Mapping[str, pd.Series]], other: str
-) -> list[float | None]:  # fmt: skip
-    """How many nats a token each line lies below the other variant of its model, at the seeds that both ran with;
-    positive is better."""
-    gains: list[float | None] = []
+) -> list[tuple[float, float]]:  # fmt: skip
+    """How many nats a token each line lies below the other variant of its model, at the seeds that both ran with, and
+    the standard deviation of that; positive is better."""
+    gains = []
     for line in table.to_dict("records"):
         found = losses.get(line["mixer"], {})
         own = found.get(line["variant"], pd.Series(dtype=float))
-        gains.append(None if line["variant"] == other else nats_below(own, found.get(other))[0])
+        gains.append(nats_below(own, None if line["variant"] == other else found.get(other))[:2])
     return gains
 
 
-def _verdict(line: Mapping[str, Any], spread: Mapping[tuple[str, str], float]) -> str:
+def _verdict(line: Mapping[str, Any], there: set[tuple[str, str]]) -> str:
+    """The verdict of a line; `there` are the mixers and variants of the table."""
     if pd.isna(line["paper_ppl"]):
         return ""
     if not line["seeds"]:
@@ -144,18 +145,15 @@ def _verdict(line: Mapping[str, Any], spread: Mapping[tuple[str, str], float]) -
         return REPRODUCED
     if line["variant"] == "base":
         return NOT_REPRODUCED if not line["gaps"] else ""
-    others = ["base"] if line["variant"] == "sp" or (line["mixer"], "sp") not in spread else ["base", "sp"]
+    others = ["base"] if line["variant"] == "sp" or (line["mixer"], "sp") not in there else ["base", "sp"]
     gains = {other: line[f"gain_{other}"] for other in others}
     if any(pd.isna(gain) for gain in gains.values()):
         return NOT_RUN
-
-    def noise(other: str) -> float:
-        own, its = line["sd"], spread[line["mixer"], other]
-        return max([LEAST_NATS, *(sd for sd in (own, its) if not pd.isna(sd))])
-
+    noise = {other: max([LEAST_NATS, *(sd for sd in [line[f"gain_sd_{other}"]] if not pd.isna(sd))])
+             for other in others}
     if line["variant"] == "sp":
-        return TREND_ONLY if gains["base"] >= -noise("base") else NOT_REPRODUCED
-    return TREND_ONLY if all(gain > noise(other) for other, gain in gains.items()) else NOT_REPRODUCED
+        return TREND_ONLY if gains["base"] >= -noise["base"] else NOT_REPRODUCED
+    return TREND_ONLY if all(gain > noise[other] for other, gain in gains.items()) else NOT_REPRODUCED
 
 
 def _scale_words(line: Mapping[str, Any], profile: str) -> str:

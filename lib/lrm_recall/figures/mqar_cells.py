@@ -46,16 +46,16 @@ def variant_of(layers: object) -> str:
 def with_zoologys_examples(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, base models that were trained with zoology's 100,000 examples in place of the same with fewer.
 
-    Table 11's base models have most likely seen those (README, "examples of MQAR"). Their rows are of the experiment
+    Table 11's base models come out with those at length 64 (README, "examples of MQAR"). Their rows are of the experiment
     EXAMPLES; here they come back as rows of "mqar", and those of their profile, mixer, length and width that were
-    trained with other budgets are left out.
+    trained with less are left out.
     """
     if "experiment" not in rows or not (rows["experiment"] == EXAMPLES).any():
         return rows
-    full = rows[(rows["experiment"] == EXAMPLES) & (rows["status"] == "ok")
-                & (rows["config.num_train"] >= ZOOLOGY_TRAIN) & (rows["config.max_epochs"] >= PAPER_EPOCHS)]
+    enough = (rows["config.num_train"] >= ZOOLOGY_TRAIN) & (rows["config.max_epochs"] >= PAPER_EPOCHS)
+    full = rows[(rows["experiment"] == EXAMPLES) & (rows["status"] == "ok") & enough]
     places = pd.MultiIndex.from_frame(rows[_BASE_PLACE])
-    replaced = places.isin(pd.MultiIndex.from_frame(full[_BASE_PLACE])) & (rows["experiment"] == "mqar")
+    replaced = places.isin(pd.MultiIndex.from_frame(full[_BASE_PLACE])) & (rows["experiment"] == "mqar") & ~enough
     if "config.resona.layers" in rows:
         replaced &= rows["config.resona.layers"].isna()
     return pd.concat([rows[~replaced], full.assign(experiment="mqar")], ignore_index=True)

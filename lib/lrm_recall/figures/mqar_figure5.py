@@ -56,7 +56,7 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
     """
     runs = chosen_runs(with_zoologys_examples(rows), resona)
     lines = runs.groupby(["profile", "mixer", "variant", "length"])
-    runs = runs[runs["num_train"] == lines["num_train"].transform("max")]  # no line joins different budgets
+    runs = runs[runs["num_train"] == lines["num_train"].transform("max")]  # no line joins different sets
     own = runs[runs["profile"] == profile]
     if own.empty:
         raise ValueError(f"no MQAR rows of profile {profile!r} to draw; there are rows of: "
@@ -79,6 +79,13 @@ def _scale(runs: pd.DataFrame) -> str:
     examples, epochs = (_span(runs[name]) for name in ("num_train", "max_epochs"))
     seeds = runs["seed"].nunique()
     return f"{examples} examples,\nup to {epochs} epochs" + (f", {seeds} seeds" if seeds > 1 else "")
+
+
+def _base_examples(own: pd.DataFrame, length: int) -> str:
+    """How many examples the base models of a panel have seen, where panels differ in that."""
+    base = own[own["variant"] == "base"]
+    here = base.loc[base["length"] == length, "num_train"]
+    return f"\nbase: {_span(here)} examples" if len(here) and base["num_train"].nunique() > 1 else ""
 
 
 def _span(values: pd.Series) -> str:
@@ -110,7 +117,8 @@ def _draw(layers: list[Layer]) -> Figure:
             sns.despine(ax=axes)
         line[0].set_ylabel(variant_name(variant).replace(", ", ",\n"))
     for length, axes in zip(lengths, grid[0], strict=True):
-        axes.set_title(f"length {length}, {runs.loc[runs['length'] == length, 'pairs'].iloc[0]} pairs")
+        pairs = runs.loc[runs["length"] == length, "pairs"].iloc[0]
+        axes.set_title(f"length {length}, {pairs} pairs{_base_examples(layers[0].runs, length)}")
     for axes in grid[-1]:
         axes.set_xlabel("model dimension")
     legend(figure, {"Model": model_handles(mixers),

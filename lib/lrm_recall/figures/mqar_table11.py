@@ -154,7 +154,7 @@ def _wide(ran: pd.DataFrame, kind: str) -> pd.DataFrame:
     for variant in sorted(ran["variant"].unique()):
         cells = places.merge(ran[ran["variant"] == variant], on=_PLACE, how="left")
         title = variant if variant == "base" else f"+Resona {variant.removeprefix('resona')}"
-        if cells["num_train"].nunique() > 1:
+        if variant == "base" and ran["num_train"].nunique() > 1:
             wide[f"{title}: examples"] = [NOTHING if pd.isna(many) else f"{many:,.0f}" for many in cells["num_train"]]
         wide[f"{title}: paper"] = [NOTHING if pd.isna(value) else f"{value:.3f}" for value in cells["paper"]]
         wide[f"{title}: ours"] = [mean_sd(cell[f"accuracy_{kind}"], cell[f"sd_{kind}"], cell["seeds"])

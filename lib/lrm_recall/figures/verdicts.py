@@ -43,8 +43,8 @@ SOLVED = 0.9  # a base model that the paper would not need Resona for
 COST_TOLERANCE = 1.1
 RECALLED = 0.99  # "perfect": also where training stops early
 
-# Resona, section 4.2.1 and appendix A.3. 20k/1k examples are the smaller of the two budgets that they name (A.3
-# defers to Arora et al., whose Figure 2 has 100k/3k); epochs and learning rates are those of that figure.
+# Resona, section 4.2.1 and appendix A.3. 20k/1k examples are what 4.2.1 says; A.3 takes the learning rates of Arora et
+# al., whose Figure 2 has 100k/3k examples. Epochs and learning rates here are those of that figure.
 PAPER_LAYERS, PAPER_VOCABULARY = 4, 8192
 PAPER_TRAIN, PAPER_TEST, PAPER_EPOCHS = 20_000, 1_000, 64
 ZOOLOGY_TRAIN = 100_000
@@ -92,7 +92,7 @@ def base_verdict(ours: float | None, paper: float, *, pairs: int, at_paper_scale
 
 def settled(ours: float, paper: float, *, pairs: int) -> bool:
     """Whether a base model's verdict is the same for every accuracy from `ours` to 1: the best of more learning rates
-    is no worse than that of fewer, so trying them could not change it."""
+    is no worse than that of fewer, but for what validation and test differ by, so trying them could not change it."""
     if not ours >= paper - BASE_TOLERANCE:  # on its way up it would meet the paper's value; or there is none
         return False
     ends = {base_verdict(value, paper, pairs=pairs, at_paper_scale=True) for value in (ours, 1.0)}
