@@ -46,9 +46,9 @@ def variant_of(layers: object) -> str:
 def with_zoologys_examples(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, base models that were trained with zoology's 100,000 examples in place of the same with fewer.
 
-    Table 11's base models come out with those at length 64 (README, "examples of MQAR"). Their rows are of the experiment
-    EXAMPLES; here they come back as rows of "mqar", and those of their profile, mixer, length and width that were
-    trained with less are left out.
+    Table 11's base models come out with those at length 64 (README, "examples of MQAR"). Their rows are of the
+    experiment EXAMPLES; here they come back as rows of "mqar", and those of their profile, mixer, length and width that
+    were trained with less are left out.
     """
     if "experiment" not in rows or not (rows["experiment"] == EXAMPLES).any():
         return rows
