@@ -66,7 +66,6 @@ changed: dict[str, dict] = {}  # backbones that are trained once more, with thes
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
-import time
 from pathlib import Path
 
 from IPython.display import Markdown
@@ -84,7 +83,7 @@ from lrm_recall.figures.tables import markdown, write_table
 from lrm_recall.options import check_names
 from lrm_recall.promises import promise
 from lrm_recall.results import ResultStore, load_profiles, profile_path
-from lrm_recall.sweep import plan_sweep, run_sweep
+from lrm_recall.sweep import deadline_after, plan_sweep, run_sweep
 from lrm_recall.train.device import usable_device
 from lrm_recall.train.lm_checkpoints import forget_checkpoints
 from lrm_recall.train.lm_data import prepared_corpus
@@ -161,9 +160,9 @@ files = [write_runs(runs, Path(output_dir) / "lm_runs.jsonl")]
 print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
 
 # %%
-options = {"profile": profile, "on_row": forget_checkpoints,
-           "deadline": None if budget is None else time.monotonic() + budget}
-own = run_sweep(runs, how, store, workers=workers, fresh=fresh, retry_failed=retry_failed, **options)
+options = {"profile": profile, "on_row": forget_checkpoints}
+own = run_sweep(runs, how, store, workers=workers, fresh=fresh, retry_failed=retry_failed,
+                deadline=deadline_after(budget), **options)
 stored = load_profiles(results_dir, GROUP)
 rows, changed_rows = (with_mixer_args(stored, profile, args) for args in (usual_args, changed_args))
 
@@ -297,7 +296,7 @@ Markdown(markdown(speed))
 
 # %%
 tried = {"alpha": alpha}
-tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, **options | {"deadline": None})
+tried_rows = run_sweep(grid([shown_mixer], ["resona"], **tried), how, store, **options)
 print(tried, [round(row["metrics"]["test_ppl"], 2) for row in tried_rows])
 
 # %%

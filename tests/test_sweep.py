@@ -21,7 +21,7 @@ from lrm_recall.claims import Claims
 from lrm_recall.progress import SweepProgress, duration
 from lrm_recall.results import ResultStore, StoreError
 from lrm_recall.rows import make_row
-from lrm_recall.sweep import Experiment, plan_sweep, run_sweep, shard_of
+from lrm_recall.sweep import Experiment, deadline_after, plan_sweep, run_sweep, shard_of
 
 quietly = functools.partial(run_sweep, profile="smoke", progress=False)
 
@@ -162,6 +162,13 @@ def test_workers_must_be_positive(store, tmp_path, workers):
 
 
 # --- short of time
+
+
+def test_a_budget_becomes_a_deadline():
+    before = time.monotonic()
+    assert deadline_after(None) is None and before + 60 <= deadline_after(60) <= time.monotonic() + 60
+    with pytest.raises(ValueError, match="budget must be at least 0, got -1"):
+        deadline_after(-1)
 
 
 def test_no_run_is_started_after_the_deadline_and_the_cheapest_go_first(store, tmp_path):

@@ -162,6 +162,17 @@ def plan_sweep(
     )
 
 
+def deadline_after(budget: float | None) -> float | None:
+    """The `deadline` of a sweep that may take `budget` seconds from now; None sets none.
+
+    Raises:
+        ValueError: a negative budget.
+    """
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget must be at least 0, got {budget}")
+    return None if budget is None else time.monotonic() + budget
+
+
 def run_sweep(
     specs: Iterable[Any],
     experiment: Experiment,

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_cells, losses_by_seed, nats_below
@@ -149,8 +150,7 @@ def _verdict(line: Mapping[str, Any], there: set[tuple[str, str]]) -> str:
     gains = {other: line[f"gain_{other}"] for other in others}
     if any(pd.isna(gain) for gain in gains.values()):
         return NOT_RUN
-    noise = {other: max([LEAST_NATS, *(sd for sd in [line[f"gain_sd_{other}"]] if not pd.isna(sd))])
-             for other in others}
+    noise = {other: np.fmax(LEAST_NATS, line[f"gain_sd_{other}"]) for other in others}  # one seed has no deviation
     if line["variant"] == "sp":
         return TREND_ONLY if gains["base"] >= -noise["base"] else NOT_REPRODUCED
     return TREND_ONLY if all(gain > noise[other] for other, gain in gains.items()) else NOT_REPRODUCED

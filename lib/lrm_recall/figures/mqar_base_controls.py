@@ -63,4 +63,3 @@ def _accuracy(runs: pd.DataFrame, name: str) -> pd.DataFrame:
     """The words for each model's accuracy, in a column of that name."""
     cells = mqar_cells(runs)
     return cells[_PLACE].assign(**{name: [mean_sd(cell.accuracy, cell.sd, cell.seeds) for cell in cells.itertuples()]})
-
