@@ -93,7 +93,7 @@ from lrm_recall.figures.mqar_explorer import knobs_in_words, turned_knobs
 from lrm_recall.figures.mqar_figure5 import mqar_figure5
 from lrm_recall.figures.mqar_state import mqar_state
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown
-from lrm_recall.figures.synthetic_costs import synthetic_costs
+from lrm_recall.figures.synthetic_costs import synthetic_costs, synthetic_left
 from lrm_recall.figures.tables import markdown, write_table
 from lrm_recall.figures.widgets import explore
 from lrm_recall.promises import promise
@@ -103,7 +103,7 @@ from lrm_recall.tasks.mad import MADTask, mad_data
 from lrm_recall.tasks.mqar import mqar
 from lrm_recall.teach.mqar_explorer import tiny_run, train_tiny, turn_knobs
 from lrm_recall.train.device import usable_device
-from lrm_recall.train.rates import sweep_rates
+from lrm_recall.train.rates import plan_rates, sweep_rates
 from lrm_recall.train.synthetic_runs import (
     EMBEDDING,
     EXAMPLES,
@@ -314,6 +314,17 @@ Markdown(table1_text)
 costs = synthetic_costs(rows)
 files += write_table(costs, output_dir, "synthetic_costs")
 Markdown(markdown(costs))
+
+# %% [markdown]
+# And what is missing would take, at the pace of the runs that are stored. Those of a GPU shared it with up to seven
+# others (`workers`): as many at a time take about that part of the time.
+
+# %%
+plans = {name: plan_rates(runs, experiments[name], store) for name, runs in by_experiment(asked).items()}
+left = synthetic_left(plans, experiments, rows)
+left_text = markdown(left) if len(left) else "Nothing is missing: every run that these parameters ask for is stored."
+files += write_table(left, output_dir, "synthetic_left", left_text)
+Markdown(left_text)
 
 # %% [markdown]
 # ## Try it yourself

@@ -201,11 +201,15 @@ def test_backbones_with_other_options_stand_apart():
     rows, apart = (with_mixer_args(frame(made), "smoke", args) for args in (usual, changed))
     assert (len(rows), len(apart)) == (18, 6) and lm_rows(rows)["test_loss"].min() == 3.9
     table = changed_table(rows, apart, "smoke", RESONA, options)
-    assert table["backbone"].tolist() == ["DeltaNet"] * 2 and table["seeds"].tolist() == [2, 2]
+    assert table["backbone"].tolist() == ["DeltaNet"] * 2 and table["below base: seeds"].tolist() == [2, 2]
     assert table["mixer"].tolist() == ["as in Table 2", "use_gate True, qk_norm sum"]
     assert table["+ Resona"].tolist() == pytest.approx([math.exp(4.4), math.exp(2.9)])  # of the seeds that both have
     assert table["nats below size-matched"].tolist() == pytest.approx([0.08, 0.08])
     assert table["below base: sd"].tolist() == pytest.approx([0.0, 0.0])
+    fewer = apart[(apart["config.variant"] != "sp") | (apart["seed"] == 1)]  # one size-matched run is still to come
+    table = changed_table(rows, fewer, "smoke", RESONA, options)
+    assert table["below base: seeds"].tolist() == [2, 2] and table["below size-matched: seeds"].tolist() == [1, 1]
+    assert table["nats below size-matched"].tolist() == pytest.approx([0.08, 0.08])
     assert len(with_mixer_args(frame(made), "laptop", usual)) == 24  # other profiles' rows stay
     assert with_mixer_args(frame(made), "smoke", {"gla": {}}).empty
     assert changed_table(rows, apart[:0], "smoke", RESONA, options).empty

@@ -33,7 +33,7 @@ from lrm_recall.options import did_you_mean
 from lrm_recall.parameters import ParameterError, check_folder, read_assignments
 from lrm_recall.progress import duration
 from lrm_recall.results import ResultStore, StoreError, profile_path
-from lrm_recall.sweep import Experiment, Plan, plan_sweep
+from lrm_recall.sweep import Experiment, Plan
 from lrm_recall.sweep_choice import chosen, condition, shard
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
     parameters = workbook.parameters(name, options.profile, read_assignments(options.parameters))
     try:
         from lrm_recall.train.device import usable_device
+        from lrm_recall.train.rates import plan_rates
         from lrm_recall.train.synthetic_runs import by_experiment, synthetic_experiments, synthetic_runs
 
         only = [condition(word) for word in options.only]
@@ -95,7 +96,8 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
     try:
         if options.dry_run:
             for each, runs in asked.items():
-                print(_cost(_plan(runs, experiments[each], store, options.retry_failed), experiments[each], store))
+                plan = plan_rates(runs, experiments[each], store, retry_failed=options.retry_failed)
+                print(_cost(plan, experiments[each], store))
             return 0
         if options.compile_first is not None:
             _compile(asked, experiments, store, device, options)
@@ -111,7 +113,7 @@ def _sweep(workbook: Workbook, options: argparse.Namespace) -> int:
 
 def _run(asked: Mapping[str, list], experiments: Mapping[str, Experiment], store: ResultStore, **how: Any) -> int:
     """Do the missing runs, say what came of it; the exit code."""
-    from lrm_recall.train.rates import sweep_rates
+    from lrm_recall.train.rates import plan_rates, sweep_rates
 
     rows = []
     with _terminated_as_interrupted(), warnings.catch_warnings():
@@ -121,7 +123,7 @@ def _run(asked: Mapping[str, list], experiments: Mapping[str, Experiment], store
     failed = [row for row in rows if row["status"] == "failed"]
     left = 0
     if how["deadline"] is not None:
-        left = sum(len(_plan(runs, experiments[name], store, retry_failed=False).missing)
+        left = sum(len(plan_rates(runs, experiments[name], store).missing)
                    for name, runs in asked.items())
     parts = [f"{len(rows) - len(failed)} rows of these runs"]
     parts += [f"{len(failed)} failed"] if failed else []
@@ -138,10 +140,11 @@ def _compile(
 ) -> None:
     """Compile what the missing runs will need."""
     from lrm_recall.train.compile_ahead import compile_ahead
+    from lrm_recall.train.rates import plan_rates
 
     seen = gpus() if device == "cuda" else [",".join(gpus())]  # "cuda:1" counts among all that are visible
     for name, runs in asked.items():
-        plan = _plan(runs, experiments[name], store, options.retry_failed)
+        plan = plan_rates(runs, experiments[name], store, retry_failed=options.retry_failed)
         errors = compile_ahead([plan.specs[key] for key in plan.missing], experiments[name].run,
                                processes=options.compile_first, gpus=seen)  # fmt: skip
         for reason, count in _counts(errors).items():
@@ -149,16 +152,6 @@ def _compile(
 
 
 # --- what it will cost
-
-
-def _plan(runs: list, experiment: Experiment, store: ResultStore, retry_failed: bool) -> Plan:
-    """What is missing; without the runs of a cell that a learning rate has solved already."""
-    from lrm_recall.train.rates import RateTurns
-
-    plan = plan_sweep(runs, experiment, store)
-    turns, done = RateTurns.so_far(plan, store), set(plan.stored)
-    needed = [spec for key, spec in plan.specs.items() if key in done or turns(key) is not None]
-    return plan_sweep(needed, experiment, store, retry_failed=retry_failed)
 
 
 def _cost(plan: Plan, experiment: Experiment, store: ResultStore) -> str:

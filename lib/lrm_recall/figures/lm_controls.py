@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -81,9 +81,9 @@ def changed_table(
         profile: whose. resona: the options in use. options: mixer -> what was changed.
 
     Returns:
-        backbone, mixer (its options in words), seeds (those that both have), test PPL of each variant that ran, and how
-        many nats a token Resona is below the others, the mean and standard deviation over the seeds; a backbone as it
-        is, then changed.
+        backbone, mixer (its options in words), test PPL of each variant that ran, and by how many nats a token Resona
+        is below each of the others, its standard deviation and number of seeds; a backbone as it is, then changed.
+        Seeds count where a variant has run with and without Resona, in the backbone as it is and changed.
     """
     sides = [losses_by_seed(each, profile, resona) for each in (rows, changed)]
     mixers = in_order([mixer for mixer in options if mixer in sides[1]])
@@ -93,18 +93,24 @@ def changed_table(
     for mixer in mixers:
         words = ", ".join(f"{name} {value}" for name, value in options[mixer].items())
         both = [side.get(mixer, {}) for side in sides]
-        seeds = set.intersection(*(set(losses.index) for found in both for losses in found.values()))
+        seeds = {name: _shared_seeds(both, {"base", "resona", name} & {*variants}) for name in variants}
         for found, how in zip(both, ("as in Table 2", words), strict=True):
-            found = {name: losses[sorted(seeds)] for name, losses in found.items()}
-            line = {"backbone": mark(mixer).name, "mixer": how, "seeds": len(seeds)}
+            found = {name: losses.reindex(seeds[name]) for name, losses in found.items() if name in variants}
+            line = {"backbone": mark(mixer).name, "mixer": how}
             line |= {VARIANT_NAMES[name]: math.exp(found[name].mean()) if name in found else math.nan
                      for name in variants}
             for other, name in (("base", "base"), ("sp", "size-matched")):
                 if other in variants and "resona" in found:
-                    nats, sd, _ = nats_below(found["resona"], found.get(other))
-                    line |= {f"nats below {name}": nats, f"below {name}: sd": sd}
+                    nats, sd, shared = nats_below(found["resona"], found.get(other))
+                    line |= {f"nats below {name}": nats, f"below {name}: sd": sd, f"below {name}: seeds": len(shared)}
             lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _shared_seeds(sides: Sequence[Mapping[str, pd.Series]], variants: Iterable[str]) -> list[int]:
+    """The seeds with which every one of the variants has run on every side."""
+    ran = [set(side[name].index) if name in side else set() for side in sides for name in variants]
+    return sorted(set.intersection(*ran))
 
 
 def leak_table(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any]) -> pd.DataFrame:

@@ -55,6 +55,16 @@ def sweep_rates(
         return run_sweep(asked, experiment, store, workers=workers, turns=turns, **again, **options)
 
 
+def plan_rates(
+    runs: Sequence[MQARRun], experiment: Experiment, store: ResultStore, *, retry_failed: bool = False
+) -> Plan:
+    """`plan_sweep` without the runs of a cell that a learning rate has solved already; arguments as `sweep_rates`."""
+    plan = plan_sweep(runs, experiment, store)
+    turns, done = RateTurns.so_far(plan, store), set(plan.stored)
+    needed = [spec for key, spec in plan.specs.items() if key in done or turns(key) is not None]
+    return plan_sweep(needed, experiment, store, retry_failed=retry_failed)
+
+
 class RateTurns:
     """Whose turn it is: the `turns` of a sweep over rates.
 
