@@ -194,8 +194,8 @@ Markdown(f"**{claim_in_words(claim)}**\n\n{markdown(claim)}")
 #
 # The paper says 20,000 training examples (section 4.2.1) and takes its learning rates from zoology (appendix A.3),
 # whose own set has 100,000. Most base models learn the smaller set by heart; where they have run with the larger as
-# well (`control_examples`), that is what stands here and in the figure. Models with Resona have the smaller. A line of
-# the figure holds the widths that ran with the larger set alone, if any did; the table has all.
+# well (`control_examples`), that is what stands here and in the figure. Models with Resona have the smaller. No line of
+# the figure joins models that have seen different numbers of examples.
 
 # %%
 table11 = mqar_table11(rows, profile, resona)

@@ -339,9 +339,11 @@ def test_figure_5_marks_the_rows_of_other_profiles():
 def test_a_line_of_figure_5_joins_no_different_budgets():
     few = [row(accuracy=0.3, d_model=width, input_length=length) for width in (32, 64) for length in (64, 128)]
     full = row(accuracy=0.9, d_model=32, num_train=100_000, max_epochs=64) | {"experiment": EXAMPLES}
-    text = display.alt_text(mqar_figure5(frame([*few, full]), "laptop"))
-    assert "length 64, BaseConv, Base model: 0.900 at 32;" in text
-    assert "length 128, BaseConv, Base model: 0.300 at 32, 0.300 at 64" in text
+    figure = mqar_figure5(frame([*few, full]), "laptop")
+    assert "length 64, BaseConv, Base model: 0.900 at 32, 0.300 at 64;" in display.alt_text(figure)
+    assert "base: 20,000 to 100,000 examples" in figure.axes[0].get_title("left")
+    own = [[y for y in line.get_ydata() if y == y] for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+    assert [0.9] in own and [0.3] in own and not any({0.3, 0.9} <= {*line} for line in own)
 
 
 def test_figure_5_without_own_rows():

@@ -44,7 +44,7 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
     Filled markers on solid lines are the profile's own rows (mean over seeds, a bar of one standard deviation
     where there are several), small ones on dotted lines the committed rows of other profiles, rings on dashed
     lines the paper's Table 11 for the models drawn: a dot inside its ring is a value met. Base models are those with
-    zoology's examples where these have run; a line holds the widths that ran with the most examples alone.
+    zoology's examples where these have run; no line joins models that have seen different numbers of examples.
 
     Args:
         rows: result rows of any number of profiles.
@@ -55,8 +55,6 @@ def mqar_figure5(rows: pd.DataFrame, profile: str, resona: Mapping[str, Any] | N
         ValueError: the profile has no MQAR rows.
     """
     runs = chosen_runs(with_zoologys_examples(rows), resona)
-    lines = runs.groupby(["profile", "mixer", "variant", "length"])
-    runs = runs[runs["num_train"] == lines["num_train"].transform("max")]  # no line joins different sets
     own = runs[runs["profile"] == profile]
     if own.empty:
         raise ValueError(f"no MQAR rows of profile {profile!r} to draw; there are rows of: "
@@ -134,12 +132,15 @@ def _draw_layer(
     if runs.empty:
         return
     style = dict(SOURCES[source])
-    sns.pointplot(
-        data=runs.astype({"accuracy": float}), x="d_model", y="accuracy", order=dimensions, hue="mixer",
-        hue_order=mixers, palette=[mark(mixer).colour for mixer in mixers], dodge=0.11 * (len(mixers) - 1),
-        markers=[mark(mixer).marker for mixer in mixers], linestyles=style.pop("linestyle"),
-        errorbar="sd" if source == "own" else None, err_kws={"linewidth": 1.0}, legend=False, ax=axes,
-        **style)
+    linestyle = style.pop("linestyle")
+    sets = [runs] if source == "printed" else [part for _, part in runs.groupby("num_train")]
+    for part in sets:  # a line for each: none joins models that have seen different numbers of examples
+        sns.pointplot(
+            data=part.astype({"accuracy": float}), x="d_model", y="accuracy", order=dimensions, hue="mixer",
+            hue_order=mixers, palette=[mark(mixer).colour for mixer in mixers], dodge=0.11 * (len(mixers) - 1),
+            markers=[mark(mixer).marker for mixer in mixers], linestyles=linestyle,
+            errorbar="sd" if source == "own" else None, err_kws={"linewidth": 1.0}, legend=False, ax=axes,
+            **style)
 
 
 def _alt(layers: list[Layer], profile: str) -> str:
