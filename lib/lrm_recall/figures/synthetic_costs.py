@@ -57,12 +57,13 @@ def synthetic_left(
     for name, plan in plans.items():
         costs = {key: experiments[name].cost(spec) for key, spec in plan.specs.items()}
         machine, seconds = _usual_machine(rows, plan)
+        waiting = set(plan.missing)
         groups: dict[tuple[str, str], list[str]] = {}
         for key, spec in plan.specs.items():
             groups.setdefault((spec.mixer, "" if spec.variant == "base" else " + Resona"), []).append(key)
         places = {mixer: place for place, mixer in enumerate(in_order([mixer for mixer, _ in groups]))}
         for (mixer, variant), keys in sorted(groups.items(), key=lambda item: (places[item[0][0]], item[0][1])):
-            missing = [key for key in keys if key in set(plan.missing)]
+            missing = [key for key in keys if key in waiting]
             if not missing:
                 continue
             judges = [key for key in keys if key in seconds] or list(seconds)
