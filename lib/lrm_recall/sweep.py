@@ -20,7 +20,7 @@ import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -106,6 +106,19 @@ class Plan:
     def keys(self) -> list[str]:
         """Keys of every run asked for: what a notebook promises."""
         return list(self.specs)
+
+    def only(self, keys: Collection[str]) -> Plan:
+        """The plan of these runs alone."""
+        held = frozenset(keys)
+
+        def part(values: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in values.items() if key in held}
+
+        return dataclasses.replace(
+            self, specs=part(self.specs), codes=part(self.codes), failed=part(self.failed),
+            stored=[key for key in self.stored if key in held], missing=[key for key in self.missing if key in held],
+            cost=None if self.cost is None else part(self.cost),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         parts = [f"{len(self.stored)} stored", f"{len(self.missing)} to do"]

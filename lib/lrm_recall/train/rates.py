@@ -59,10 +59,9 @@ def plan_rates(
     runs: Sequence[MQARRun], experiment: Experiment, store: ResultStore, *, retry_failed: bool = False
 ) -> Plan:
     """`plan_sweep` without the runs of a cell that a learning rate has solved already; arguments as `sweep_rates`."""
-    plan = plan_sweep(runs, experiment, store)
+    plan = plan_sweep(runs, experiment, store, retry_failed=retry_failed)
     turns, done = RateTurns.so_far(plan, store), set(plan.stored)
-    needed = [spec for key, spec in plan.specs.items() if key in done or turns(key) is not None]
-    return plan_sweep(needed, experiment, store, retry_failed=retry_failed)
+    return plan.only([key for key in plan.specs if key in done or turns(key) is not None])
 
 
 class RateTurns:
