@@ -248,6 +248,15 @@ def test_one_bad_notebook_stops_all_before_any_runs(root, capsys):
     assert not (root / "outputs").exists()
 
 
+def test_a_profile_may_be_of_some_notebooks_only(root, capsys):
+    write_notebook(root, NOTEBOOK, "02_other")
+    (root / "params/smoke/02_other.yaml").touch()
+    assert main(["check"]) == 0 and main(["run", "--profile", "laptop"]) == 0
+    assert [path.name for path in (root / "outputs/laptop").glob("*.ipynb")] == ["01_demo.ipynb"]
+    assert main(["run", "02_other", "--profile", "laptop"]) == 2
+    assert "params/laptop/02_other.yaml does not exist; an empty file keeps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", ["", "walk", "run --timeout 0", "run --timeout 1h", "run --porfile smoke"])
 def test_words_that_mean_nothing_exit_with_2(root, words, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -290,7 +299,7 @@ FAULTS = {
     "notebooks/01_demo.ipynb and 01_demo.py differ": lambda root: edit_notebook(root, _drift),
     "01_demo.py is missing (jupytext --sync": lambda root: (root / "notebooks/01_demo.py").unlink(),
     "count must be int": lambda root: (root / "params/laptop/01_demo.yaml").write_text("count: x"),
-    "laptop/01_demo.yaml does not exist": lambda root: (root / "params/laptop/01_demo.yaml").unlink(),
+    "params/laptop has no parameter file of any notebook": lambda root: (root / "params/laptop/01_demo.yaml").unlink(),
     "params/smoke/09_gone.yaml belongs to no": lambda root: (root / "params/smoke/09_gone.yaml").touch(),
 }
 

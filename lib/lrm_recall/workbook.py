@@ -96,9 +96,17 @@ class Workbook:
         except (nbformat.reader.NotJSONError, nbformat.ValidationError, UnicodeDecodeError):
             raise UsageError(f"notebooks/{name}.ipynb is not a Jupyter notebook") from None
 
+    def notebooks_of(self, profile: str) -> list[str]:
+        """The notebooks that a profile has a parameter file for."""
+        return [name for name in self.notebooks if self._file(name, profile).is_file()]
+
+    def profiles_of(self, name: str) -> list[str]:
+        """The profiles with a parameter file for a notebook."""
+        return [profile for profile in self.profiles if self._file(name, profile).is_file()]
+
     def values(self, name: str, profile: str, declared: Mapping[str, Parameter]) -> dict[str, Any]:
-        """What the profile's parameter file sets, checked."""
-        path = self.root / "params" / profile / f"{name}.yaml"
+        """What the profile's parameter file sets, checked. A profile need not have one for every notebook."""
+        path = self._file(name, profile)
         shown = _shown(path, self.root)
         if not path.is_file():
             raise ParameterError([f"{shown} does not exist; an empty file keeps the notebook's own values"])
@@ -114,6 +122,9 @@ class Workbook:
         declared = declared_parameters(self.read(name), name)
         own = {parameter.name: parameter.default for parameter in declared.values()}
         return own | self.values(name, profile, declared) | check_values(given, declared, f"{name}: -p")
+
+    def _file(self, name: str, profile: str) -> Path:
+        return self.root / "params" / profile / f"{name}.yaml"
 
 
 def _run(workbook: Workbook, options: argparse.Namespace) -> int:
@@ -138,9 +149,10 @@ def _jobs(workbook: Workbook, options: argparse.Namespace) -> list[Job]:
     from lrm_recall.runner import Job, kernel_problem
 
     _known("profile", options.profile, workbook.profiles)
-    names = [_notebook_name(word, workbook) for word in options.notebooks] or workbook.notebooks
-    if not names:
+    if not workbook.notebooks:
         raise UsageError(f"there are no notebooks in {workbook.root / 'notebooks'}")
+    asked = [_notebook_name(word, workbook) for word in options.notebooks]
+    names = asked or workbook.notebooks_of(options.profile) or workbook.notebooks  # of which the first has no file
     output_dir = (options.output or workbook.root / "outputs" / options.profile).resolve()
     results_dir = (options.results or workbook.root / "outputs" / "results").resolve()
     for option, folder in (("--output", output_dir), ("--results", results_dir)):
@@ -171,8 +183,7 @@ def _jobs(workbook: Workbook, options: argparse.Namespace) -> list[Job]:
 def _list(workbook: Workbook, options: argparse.Namespace) -> int:
     for name in workbook.notebooks:
         notebook = workbook.read(name)
-        profiles = [p for p in workbook.profiles if (workbook.root / "params" / p / f"{name}.yaml").is_file()]
-        print(f"{name}  {title(notebook)}  [{', '.join(profiles)}]")
+        print(f"{name}  {title(notebook)}  [{', '.join(workbook.profiles_of(name))}]")
         for parameter in declared_parameters(notebook, name).values():
             if parameter.name not in RUNNER:
                 print(f"    {parameter}")
@@ -199,11 +210,14 @@ def _problems(workbook: Workbook) -> Iterator[str]:
         except (UsageError, ParameterError) as error:
             yield from str(error).splitlines()
             continue
-        for profile in workbook.profiles:
+        for profile in workbook.profiles_of(name):
             try:
                 workbook.values(name, profile, declared)
             except ParameterError as error:
                 yield from error.problems
+    for profile in workbook.profiles:
+        if not workbook.notebooks_of(profile):
+            yield f"params/{profile} has no parameter file of any notebook; an empty file keeps a notebook's own values"
     for path in sorted((workbook.root / "params").glob("*/*")):
         if path.suffix != ".yaml" or path.stem not in workbook.notebooks:
             yield f"{_shown(path, workbook.root)} belongs to no notebook"
