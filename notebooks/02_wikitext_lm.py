@@ -61,6 +61,7 @@ memory_norm: bool = True  # Resona: normalise the initial embeddings before they
 chunks: str = "search"  # Resona: what it reads, its own finds (search) or those found before training (tf_idf)
 shown_mixer: str = "gla"  # backbone of the controls, and of the view of what was retrieved
 ablated: dict[str, list] = {"gate": ["none"], "encoder": ["place"]}  # Resona options, and values tried in their place
+ablated_mixers: list[str] = ["gla"]  # backbones of that ablation
 packed_variants: list[str] = ["base", "resona"]  # trained on packed articles too, to see what leaks between them
 changed: dict[str, dict] = {}  # backbones that are trained once more, with these options of their mixer
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
@@ -140,7 +141,7 @@ main = grid(mixers, variants)
 control = grid([shown_mixer], ["resona"], alpha=1.0)
 packed = grid([shown_mixer], packed_variants, settings | {"packed": True}) if packed_variants else []
 ablation = [run for option, values in ablated.items() for value in values
-            for run in grid([shown_mixer], ["resona"], **{option: value})]
+            for run in grid(ablated_mixers, ["resona"], **{option: value})] if ablated_mixers else []
 usual_args = {mixer: shape.get("mixer_args", {}) for mixer, shape in shapes.items()}
 check_names("changed", changed, shapes)
 changed_args = {mixer: usual_args[mixer] | options for mixer, options in changed.items()}
@@ -236,7 +237,8 @@ Markdown(markdown(helpless))
 #
 # One option changed at a time, beside the options in use at the same seeds: both start from the same weights and read
 # the same text in the same order. Even so rounding alone parts two runs in the end: alpha 1 above is the base model to
-# the bit, and what lies between the two after training is what a single seed can tell apart, and no less.
+# the bit, and what lies between the two after training is what a single seed can tell apart, and no less. `layers` are
+# those that retrieve; in use are the first, the middle and the last.
 
 # %%
 ablations = ablation_table(rows, profile, resona, ablated)

@@ -114,9 +114,12 @@ def test_a_difference_within_its_spread_over_seeds_is_none():
     assert alike.loc[("gla", "resona"), "sd_toy"] > 0.1 and alike.loc[("gla", "resona"), "verdict"] == TREND_ONLY
 
 
-def test_without_the_base_there_is_no_verdict_on_resona():
-    made = [make(run, 3.9) for run in grid(["gla"]) if run.variant != "base"]
-    assert table(made)["verdict"]["gla", "resona"] == NOT_RUN
+@pytest.mark.parametrize("lacks, other", [("base", "sp"), ("sp", "base")])
+def test_without_one_of_the_two_resona_can_fail_and_not_succeed(lacks, other):
+    runs = [run for run in grid(["gla"]) if run.variant != lacks]
+    assert table([make(run, LOSSES[run.variant]) for run in runs])["verdict"]["gla", "resona"] == NOT_RUN
+    worse = table([make(run, {**LOSSES, "resona": 4.1}[run.variant]) for run in runs])
+    assert worse["verdict"]["gla", "resona"] == NOT_REPRODUCED and worse["verdict"]["gla", other] in (NOT_RUN, "")
 
 
 def test_only_the_papers_own_scale_can_be_reproduced():
@@ -233,6 +236,18 @@ def test_a_change_of_one_seed_is_held_against_that_seed(rows):
     assert list(retrieval_control(both, "paper", in_use, "gla").columns)[:2] == ["backbone", "model"]
     control = retrieval_control(both, "smoke", in_use, "gla").set_index("model")
     assert control.loc["+ Resona", "nats below base"] == pytest.approx(0.75)
+
+
+def test_resona_in_other_layers_is_an_ablation_and_no_line_of_table_2(rows):
+    usual, elsewhere = ([run for run in grid(["gla"], **layers) if run.variant == "resona"]
+                        for layers in ({}, {"layers": [1]}))  # fmt: skip
+    assert usual[0].resona["layers"] == [0, 1, 2]
+    base = [run for run in grid(["gla"]) if run.variant == "base"]
+    made = [make(*base, 4.0), make(*usual, 3.9), make(*elsewhere, 3.7, created=1)]  # the newest
+    assert table(made).loc[("gla", "resona"), "ppl_toy"] == pytest.approx(math.exp(3.9))
+    (line,) = ablation_table(frame(made), "smoke", RESONA, {"layers": [[1]]}).to_dict("records")
+    assert (line["option"], line["value"]) == ("layers", "[1]")
+    assert [line[name] for name in ("nats below in use", "nats below base")] == pytest.approx([0.2, 0.3])
 
 
 def scored(variant: str, **tasks: dict) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import notebook_scope
 import pytest
-from notebook_scope import PROFILES, WORKBOOK
+from notebook_scope import WORKBOOK
 
 from lrm_recall.data import read_corpus
 from lrm_recall.figures.lm_table2 import PAPER_SHAPES
@@ -16,6 +16,7 @@ from lrm_recall.train.lm_grid import expected_seconds, parameter_count
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "02_wikitext_lm"
+PROFILES = (*notebook_scope.PROFILES, "wikipedia")
 
 
 def scope_of(profile: str) -> dict:
@@ -57,7 +58,8 @@ def test_every_profile_asks_for_runs_that_can_be(profile):
     scope = scope_of(profile)
     read_corpus(scope["corpus"])
     combinations = len(scope["mixers"]) * len(scope["variants"]) * len(scope["seeds"])
-    assert len(scope["main"]) == combinations - (profile in ("h100", "paper"))  # where Resona adds nothing to Hymba
+    nothing_to_match = profile in ("h100", "wikipedia", "paper")  # there Resona adds nothing to Hymba
+    assert len(scope["main"]) == combinations - nothing_to_match
     assert all(run.resona["alpha"] == 1.0 for run in scope["control"])
     assert all(run.packed for run in scope["packed"]) and not any(run.packed for run in scope["main"])
     assert len(set(map(repr, scope["runs"]))) == len(scope["runs"])
@@ -98,7 +100,7 @@ def test_a_backbone_with_other_options_is_asked_for_in_every_variant():
 def test_small_profiles_take_minutes():
     """On two idle cores, by the cost hints, which leave out starting and scoring: about as long again at smoke."""
     cost = {profile: sum(map(expected_seconds, scope_of(profile)["runs"])) / 2 for profile in ("smoke", "laptop")}
-    assert cost["smoke"] < 60 and cost["laptop"] < 3600
+    assert cost["smoke"] < 60 and cost["laptop"] < 3000
 
 
 def test_the_papers_vocabulary_gives_the_sizes_that_the_readme_says():

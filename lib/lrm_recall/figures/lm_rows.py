@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from lrm_recall.results import frame
+from lrm_recall.train.lm_grid import usual_layers
 
 EXPERIMENT = "language_model"
 CELL = ("profile", "mixer", "variant", "packed")
@@ -32,7 +33,8 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
 
     Args:
         rows: the table of `lrm_recall.results.frame` or `load_profiles`.
-        resona: keep runs with Resona only where they have these options; runs without Resona stay.
+        resona: keep runs with Resona only where they have these options, and, unless `layers` is one of them, where
+            they retrieve in the layers of the paper; runs without Resona stay. None: keep all.
 
     Returns:
         CELL, seed, the fields and metrics of a run by their own names, and retrieval_title ... retrieval_layers;
@@ -43,10 +45,8 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
     if "experiment" not in rows or not len(rows):
         return pd.DataFrame(columns=list(columns.values()))
     ran = rows[(rows["experiment"] == EXPERIMENT) & (rows["status"] == "ok")]
-    for name, value in (resona or {}).items():
-        found = ran[f"config.resona.{name}"] if f"config.resona.{name}" in ran else pd.Series(index=ran.index)
-        same = found.map(lambda each, value=value: each == value).astype(bool)
-        ran = ran[(ran["config.variant"] != "resona") | same]
+    if resona is not None:
+        ran = ran[(ran["config.variant"] != "resona") | _retrieves_so(ran, resona)]
     ran = ran.reindex(columns=list(dict.fromkeys([*ran.columns, *columns])))
     named = ran.rename(columns=columns)
     named = named.loc[:, ~named.columns.duplicated()]
@@ -113,6 +113,18 @@ def nats_below(losses: pd.Series, others: pd.Series | None) -> tuple[float, floa
 def variants_in(runs: pd.DataFrame) -> list[str]:
     """The variants that are there, in the order of Table 2."""
     return [variant for variant in VARIANT_NAMES if (runs["variant"] == variant).any()]
+
+
+def _retrieves_so(rows: pd.DataFrame, resona: Mapping[str, Any]) -> pd.Series:
+    """Which rows have these options of Resona, and the paper's layers unless those are among them."""
+    wanted = {name: [tuple(value) if isinstance(value, list) else value] * len(rows)  # as `frame` keeps lists
+              for name, value in resona.items()}  # fmt: skip
+    if resona.get("layers") is None:
+        wanted["layers"] = [tuple(usual_layers(int(depth))) for depth in rows["config.num_layers"]]
+    found = [rows.get(f"config.resona.{name}", pd.Series(index=rows.index)) for name in wanted]
+    same = [there == values for there, values in zip(zip(*found, strict=True), zip(*wanted.values(), strict=True),
+                                                     strict=True)]  # fmt: skip
+    return pd.Series(same, index=rows.index, dtype=bool)
 
 
 def _has_options(rows: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.Series:

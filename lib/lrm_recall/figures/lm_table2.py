@@ -8,8 +8,8 @@ trend only      not that, but the paper's statement about the line holds, by 0.0
                 perplexity) and, where both ran with several seeds, by more than the difference's standard deviation:
                 + Resona            lower than the base and than the size-matched one (where the table has one)
                 size-matched base   no higher than the base by more than that
-not reproduced  we ran it and it does not hold.
-not run         no row, or not the rows that the difference needs.
+not reproduced  we ran it and it does not hold, or one of its two differences does not.
+not run         no row, or not the rows that a difference needs.
 
 A base model at toy scale has no verdict: the perplexity of another model on another text is no claim.
 """
@@ -148,12 +148,11 @@ def _verdict(line: Mapping[str, Any], there: set[tuple[str, str]]) -> str:
         return NOT_REPRODUCED if not line["gaps"] else ""
     others = ["base"] if line["variant"] == "sp" or (line["mixer"], "sp") not in there else ["base", "sp"]
     gains = {other: line[f"gain_{other}"] for other in others}
-    if any(pd.isna(gain) for gain in gains.values()):
-        return NOT_RUN
     noise = {other: np.fmax(LEAST_NATS, line[f"gain_sd_{other}"]) for other in others}  # one seed has no deviation
-    if line["variant"] == "sp":
-        return TREND_ONLY if gains["base"] >= -noise["base"] else NOT_REPRODUCED
-    return TREND_ONLY if all(gain > noise[other] for other, gain in gains.items()) else NOT_REPRODUCED
+    least = {other: -noise[other] if line["variant"] == "sp" else noise[other] for other in others}
+    if any(gain <= least[other] for other, gain in gains.items()):  # what has not run could not mend it
+        return NOT_REPRODUCED
+    return NOT_RUN if any(pd.isna(gain) for gain in gains.values()) else TREND_ONLY
 
 
 def _scale_words(line: Mapping[str, Any], profile: str) -> str:

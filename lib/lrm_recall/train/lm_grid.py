@@ -21,7 +21,7 @@ from lrm_recall.train.language_model import EXPERIMENT, LMRun, code_modules, run
 from lrm_recall.train.lm_checkpoints import forget_checkpoints
 
 __all__ = ["GROUP", "Shape", "experiment", "expected_seconds", "forget_checkpoints", "lm_runs", "parameter_count",
-           "read_runs", "write_runs"]  # fmt: skip
+           "read_runs", "usual_layers", "write_runs"]  # fmt: skip
 
 GROUP = "language_model"  # of the store
 VARIANTS = ("base", "sp", "resona")
@@ -29,10 +29,10 @@ _WIDTH_STEP = 8  # between the widths that size matching tries
 
 # Seconds on one core (AMD EPYC with AVX-512): an operation of a product; what a layer adds, a token and channel; and
 # what a Resona layer adds, a token and element of the chunks that it reads
-_OPERATION_S = 1 / 80e9
-_LAYER_S = {"retnet": 1.5e-7, "hymba": 3e-7}
-_OTHER_LAYER_S = 2e-7
-_READ_S = 8e-9
+_OPERATION_S = 1 / 130e9
+_LAYER_S = {"retnet": 1.8e-7, "mamba": 2.1e-7, "hymba": 2.5e-7}
+_OTHER_LAYER_S = 1.6e-7
+_READ_S = 3.2e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class Shape:
     matched_size: int | None = None
     resona_mixer_args: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def resona_layers(self) -> list[int]:
-        """The first, the middle and the last layer (appendix A.4)."""
-        return sorted({0, self.num_layers // 2, self.num_layers - 1})
+
+def usual_layers(num_layers: int) -> list[int]:
+    """Where Resona goes unless `layers` says so: in the first, the middle and the last layer (appendix A.4)."""
+    return sorted({0, num_layers // 2, num_layers - 1})
 
 
 def lm_runs(
@@ -166,7 +166,7 @@ def _run(
     )  # fmt: skip
     if variant == "base":
         return base
-    layers = retrieval.get("layers") or shape.resona_layers
+    layers = retrieval.get("layers") or usual_layers(shape.num_layers)
     overrides = {str(layer): shape.resona_mixer_args for layer in layers} if shape.resona_mixer_args else {}
     with_resona = replace(
         base, variant="resona", layer_overrides=overrides, resona={**retrieval, "layers": list(layers)}, chunks=chunks
