@@ -151,8 +151,8 @@ runs = main + control + packed + ablation + other_mixers
 
 # %% [markdown]
 # The store knows which of these runs are done; only the others are trained. A run that is stopped, or killed, goes on
-# from its last checkpoint and gives the same loss curve. The file below holds the runs for
-# `torchrun ... -m lrm_recall.train.lm_command`, which spreads each over several GPUs.
+# from its last checkpoint and gives the same loss curve. The file below holds the runs for several GPUs:
+# `lrm_recall.train.lm_command` spreads each over all of them, or, started once on each, parts the runs among them.
 
 # %%
 how = experiment(prepared, usable_device(device))

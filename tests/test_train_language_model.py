@@ -21,7 +21,7 @@ from lrm_recall.evaluate.perplexity import perplexity
 from lrm_recall.ops.loss import IGNORED
 from lrm_recall.results import ResultStore
 from lrm_recall.sweep import run_sweep
-from lrm_recall.train import lm_trainer
+from lrm_recall.train import lm_command, lm_trainer
 from lrm_recall.train.language_model import LMRun, initial_model, row_key, run_lm
 from lrm_recall.train.lm_checkpoints import (
     checkpoints_folder,
@@ -204,6 +204,33 @@ def test_two_processes_give_the_loss_of_one_and_one_row(shared, tmp_path):
         name = "loss" if "loss" in ours else "valid_loss"
         assert theirs[name] == pytest.approx(ours[name], abs=2e-5)  # sums in another order, in float32
     assert rows[0]["metrics"]["test_loss"] == pytest.approx(alone["metrics"]["test_loss"], abs=2e-5)
+
+
+def test_processes_with_the_same_file_share_its_runs(shared, tmp_path):
+    runs = [small_run(shared["corpus"], seed=seed, steps=4) for seed in range(10, 14)]
+    command = [str(write_runs(runs, tmp_path / "runs.jsonl")), "--profile", "test", "--results", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'lib'}:{ROOT / 'kernels'}"}
+    both = [subprocess.Popen([sys.executable, "-m", "lrm_recall.train.lm_command", *command], env=environment,
+                             stdout=subprocess.PIPE, text=True) for _ in range(2)]  # fmt: skip
+    told = "".join(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    keys = {row["key"] for row in ResultStore(tmp_path / "language_model.test.jsonl").rows()}
+    assert sorted(line.split()[0] for line in told.splitlines() if "test loss" in line) == sorted(keys)
+    assert len(keys) == 4
+
+
+def test_the_command_keeps_to_its_budget_and_refuses_one_that_processes_would_share(
+    shared, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    file = write_runs([small_run(shared["corpus"], seed=20, steps=4)], tmp_path / "runs.jsonl")
+    words = [str(file), "--profile", "test", "--results", str(tmp_path)]
+    assert lm_command.main([*words, "--budget", "0"]) == 0
+    assert not ResultStore(tmp_path / "language_model.test.jsonl").rows()
+    assert lm_command.main([*words, "--budget", "-1"]) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lm_command.main([*words, "--budget", "9"]) == 2
+    assert [line[:29] for line in capsys.readouterr().err.splitlines() if line.startswith("lm_command")] == [
+        "lm_command: budget must be at", "lm_command: --budget is for p"]
 
 
 def test_accumulated_steps_give_the_same_loss(shared):

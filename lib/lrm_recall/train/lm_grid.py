@@ -33,6 +33,7 @@ _OPERATION_S = 1 / 130e9
 _LAYER_S = {"retnet": 1.8e-7, "mamba": 2.1e-7, "hymba": 2.5e-7}
 _OTHER_LAYER_S = 1.6e-7
 _READ_S = 3.2e-9
+_GPU_SPEED = 350  # cores that an H100 or H200 is worth at 25 million parameters, two runs sharing it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +111,23 @@ def parameter_count(run: LMRun) -> int:
         return sum(parameter.numel() for parameter in RecurrentLM(run.to_model_config()).parameters())
 
 
-def expected_seconds(run: LMRun) -> float:
-    """Roughly how long a run takes on one core: the `cost` of a sweep's `Experiment`."""
+def expected_seconds(run: LMRun, device: str = "cpu") -> float:
+    """Roughly how long a run takes on one core, or on a GPU: the `cost` of a sweep's `Experiment`."""
     tokens = run.steps * run.batch_size * run.length
     mixing = _LAYER_S.get(run.mixer, _OTHER_LAYER_S) * run.hidden_size * run.num_layers
     reading = 0.0
     if run.resona is not None:
         elements = run.resona["chunk_size"] * run.resona["top_k"] * run.hidden_size
         reading = _READ_S * len(run.resona["layers"]) * elements
-    return tokens * (6 * parameter_count(run) * _OPERATION_S + mixing + reading)
+    seconds = tokens * (6 * parameter_count(run) * _OPERATION_S + mixing + reading)
+    return seconds / (1 if device == "cpu" else _GPU_SPEED)
 
 
 def experiment(prepared: Prepared, device: str = "cpu") -> Experiment:
     """What the runs on one corpus share: how they are done, and where their data come from."""
     return Experiment(
         EXPERIMENT, partial(run_lm, device=device), data=prepared.provenance(), modules=code_modules,
-        cost=expected_seconds,
+        cost=partial(expected_seconds, device=device),
     )  # fmt: skip
 
 
