@@ -1,4 +1,5 @@
-"""The README says what is true: its links lead somewhere, its code runs, its tables are those of the stored rows."""
+"""The README and docs/results.md say what is true: their links lead somewhere, the code runs, the tables are those of
+the stored rows."""
 
 import json
 import re
@@ -7,18 +8,24 @@ from pathlib import Path
 import pytest
 
 from lrm_recall.figures.mqar_table11 import mqar_table11, results_table_markdown
+from lrm_recall.figures.summary import summary, tables_not_run
+from lrm_recall.figures.tables import markdown
+from lrm_recall.figures.verdicts import VERDICTS
 from lrm_recall.results import ResultStore, load_profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+COPIES = [(page, name) for page in PAGES for name in re.findall(r"<!-- (outputs/\S+\.md) -->", page.read_text())]
 RESONA = {"chunk_size": 2, "top_k": 1, "encoder": "place", "gate": "null_chunk", "alpha": 0.5, "num_heads": 1,
           "memory_norm": True}
 
 
-def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert len(targets) > 10
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_code_runs():
@@ -32,10 +39,22 @@ def test_code_runs():
     assert namespace["expanded"].state_size() > namespace["model"].state_size()
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- (outputs/\S+\.md) -->", README))
-def test_tables_are_copies_of_the_outputs(name):
-    begin, _, rest = README.partition(f"<!-- {name} -->\n")
+@pytest.mark.parametrize(("page", "name"), COPIES, ids=[name for _, name in COPIES])
+def test_tables_are_copies_of_the_outputs(page, name):
+    begin, _, rest = page.read_text().partition(f"<!-- {name} -->\n")
     assert rest.partition("<!-- end -->")[0].strip() == (ROOT / name).read_text().strip()
+
+
+def test_the_summary_counts_the_tables_that_are_there():
+    table = summary(ROOT / "outputs")
+    text = (ROOT / "outputs" / "summary.md").read_text()
+    assert text.startswith(markdown(table)) and text.strip().endswith(f"Not run yet: {tables_not_run(table)}.")
+    for line in table.to_dict("records"):  # as the tables say of themselves
+        file = {11: "mqar_table11", 1: "mad_table1", 2: "lm_table2"}.get(number := int(line["table"].split()[-1]),
+                                                                       f"efficiency_table{number}")
+        counts = ", ".join(f"{line[verdict]} {verdict}" for verdict in VERDICTS)
+        shown = (ROOT / "outputs" / line["profile"] / f"{file}.md").read_text()
+        assert re.search(rf"Of the {line['cells']} \w+ of Table {number}: {counts}", shown), (line, shown[-200:])
 
 
 @pytest.mark.parametrize("profile", ["laptop", "paper"])

@@ -274,6 +274,21 @@ def test_list_shows_parameters_and_profiles(root, capsys):
     assert first == "    count: int = 2  # how many runs"
 
 
+def test_the_summary_counts_the_verdicts_of_every_profile(root, capsys):
+    assert main(["results", "summary"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+    for profile, verdict in (("laptop", "trend only"), ("mine", "not run"), ("smoke", "reproduced")):
+        (root / "outputs" / profile).mkdir(parents=True)
+        cells = f"mixer,paper,verdict\ngla,0.5,{verdict}\ngla,,\ngla,0.1,not run\n"
+        (root / "outputs" / profile / "mqar_table11.csv").write_text(cells)
+    assert main(["results", "summary"]) == 0
+    out = capsys.readouterr().out
+    assert out == (root / "outputs/summary.md").read_text()
+    assert [line for line in out.splitlines() if line.startswith("| Resona")] == [
+        "| Resona, 11 | recall of keys and values (MQAR) | laptop | 2 | 0 | 1 | 0 | 1 |"]
+    assert "Not run yet: Resona 1, 2, " in out and "11" not in out.rpartition("Not run yet")[2]
+
+
 def edit_notebook(root: Path, change) -> None:
     path = root / "notebooks/01_demo.ipynb"
     notebook = nbformat.read(path, as_version=4)

@@ -1,9 +1,10 @@
-"""`lrm-recall results merge`: rows of machines that share nothing into one file.
+"""`lrm-recall results`: rows of machines that share nothing into one file; what reproduced, in one table.
 
     lrm-recall results merge a/synthetic.paper.jsonl b/synthetic.paper.jsonl     into outputs/results
+    lrm-recall results summary                                                   outputs/summary.md, and shown
 
 Of rows with the same key the newest successful one counts, then the newest failed one. Merging twice changes nothing,
-and a sweep may go on meanwhile.
+and a sweep may go on meanwhile. The summary counts the verdicts in the tables that the notebooks have left in outputs/.
 
 Exit code 0: done; 1: the file could not be written and is as it was; 2: a mistake in what was asked, or a file that is
 not one of rows; nothing has been done.
@@ -33,6 +34,21 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("files", nargs="+", type=Path, metavar="FILE", help="rows, such as a/synthetic.paper.jsonl")
     merge.add_argument("--into", type=Path, metavar="FILE", help="default: the file of that name in outputs/results")
     merge.set_defaults(command=_merge)
+    actions.add_parser("summary", help="count the verdicts of all notebooks' tables").set_defaults(command=_summary)
+
+
+def _summary(workbook: Workbook, options: argparse.Namespace) -> int:
+    from lrm_recall.figures.summary import summary, tables_not_run
+    from lrm_recall.figures.tables import markdown
+
+    outputs = workbook.root / "outputs"
+    if not outputs.is_dir():
+        raise ParameterError([f"there is no folder {outputs}: no notebook has run yet"])
+    table = summary(outputs)
+    text = f"{markdown(table)}\n\nNot run yet: {tables_not_run(table)}."
+    (outputs / "summary.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
 
 
 def _merge(workbook: Workbook, options: argparse.Namespace) -> int:

@@ -32,13 +32,18 @@ def paper_values(paper: str, table: int) -> pd.DataFrame:
     Raises:
         ValueError: no such paper or table; the message lists what there is.
     """
-    values = _all_values()
-    _check("paper", paper, sorted(values["paper"].unique()))
-    of_paper = values[values["paper"] == paper]
-    _check(f"table of {paper}", table, sorted(of_paper["table"].unique().tolist()))
-    rows = of_paper[of_paper["table"] == table].reset_index(drop=True)
+    known, values = paper_tables(), _all_values()
+    _check("paper", paper, list(known))
+    _check(f"table of {paper}", table, known[paper])
+    rows = values[(values["paper"] == paper) & (values["table"] == table)].reset_index(drop=True)
     conditions = pd.DataFrame([parse_condition(text) for text in rows["condition"]], index=rows.index)
     return pd.concat([rows.drop(columns=["paper", "table", "condition"]), conditions], axis=1)
+
+
+def paper_tables() -> dict[str, list[int]]:
+    """The numbers of the tables of each paper."""
+    values = _all_values()
+    return {str(paper): sorted(map(int, part["table"].unique())) for paper, part in values.groupby("paper")}
 
 
 def parse_condition(text: str) -> dict[str, int | str]:
