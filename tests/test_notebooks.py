@@ -19,6 +19,11 @@ def test_source_is_stripped_and_paired(name):
     assert [problem for problem in unpaired(ROOT / "notebooks") if name in problem] == []
 
 
+@pytest.mark.parametrize("profile", ("smoke", "laptop", "h100", "paper"))
+def test_every_scale_has_every_notebook(profile):
+    assert Workbook(ROOT).notebooks_of(profile) == NAMES
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_function_is_longer_than_ten_lines(name):
     trees = [ast.parse(cell.source) for cell in Workbook(ROOT).read(name).cells if cell.cell_type == "code"]

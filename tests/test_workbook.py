@@ -276,17 +276,23 @@ def test_list_shows_parameters_and_profiles(root, capsys):
 
 def test_the_summary_counts_the_verdicts_of_every_profile(root, capsys):
     assert main(["results", "summary"]) == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "has no table of a notebook yet" in capsys.readouterr().err
     for profile, verdict in (("laptop", "trend only"), ("mine", "not run"), ("smoke", "reproduced")):
         (root / "outputs" / profile).mkdir(parents=True)
         cells = f"mixer,paper,verdict\ngla,0.5,{verdict}\ngla,,\ngla,0.1,not run\n"
         (root / "outputs" / profile / "mqar_table11.csv").write_text(cells)
+    with (root / "outputs/laptop/mqar_table11.csv").open("a") as file:
+        file.write("gla,0.3,\n")  # ran, at a scale at which it is no claim
+    (root / "outputs/laptop/lm_table2.csv").write_text("\n")  # nothing ran
     assert main(["results", "summary"]) == 0
     out = capsys.readouterr().out
     assert out == (root / "outputs/summary.md").read_text()
     assert [line for line in out.splitlines() if line.startswith("| Resona")] == [
-        "| Resona, 11 | recall of keys and values (MQAR) | laptop | 2 | 0 | 1 | 0 | 1 |"]
+        "| Resona, 11 | recall of keys and values (MQAR) | laptop | 3 | 0 | 1 | 0 | 1 | 1 |"]
     assert "Not run yet: Resona 1, 2, " in out and "11" not in out.rpartition("Not run yet")[2]
+    (root / "outputs/laptop/lm_table2.csv").write_text("a,b\n1,2\n")
+    assert main(["results", "summary"]) == 2
+    assert "lm_table2.csv is no table with the paper's values" in capsys.readouterr().err
 
 
 def edit_notebook(root: Path, change) -> None:

@@ -42,9 +42,12 @@ def _summary(workbook: Workbook, options: argparse.Namespace) -> int:
     from lrm_recall.figures.tables import markdown
 
     outputs = workbook.root / "outputs"
-    if not outputs.is_dir():
-        raise ParameterError([f"there is no folder {outputs}: no notebook has run yet"])
-    table = summary(outputs)
+    try:
+        table = summary(outputs) if outputs.is_dir() else None
+    except ValueError as error:
+        raise ParameterError([str(error)]) from None
+    if table is None or table.empty:
+        raise ParameterError([f"{outputs} has no table of a notebook yet, but for those of the profile smoke"])
     text = f"{markdown(table)}\n\nNot run yet: {tables_not_run(table)}."
     (outputs / "summary.md").write_text(text + "\n", encoding="utf-8")
     print(text)

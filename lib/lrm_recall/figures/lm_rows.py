@@ -45,9 +45,9 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
     if "experiment" not in rows or not len(rows):
         return pd.DataFrame(columns=list(columns.values()))
     ran = rows[(rows["experiment"] == EXPERIMENT) & (rows["status"] == "ok")]
+    ran = ran.reindex(columns=list(dict.fromkeys([*ran.columns, *columns])))
     if resona is not None:
         ran = ran[(ran["config.variant"] != "resona") | _retrieves_so(ran, resona)]
-    ran = ran.reindex(columns=list(dict.fromkeys([*ran.columns, *columns])))
     named = ran.rename(columns=columns)
     named = named.loc[:, ~named.columns.duplicated()]
     return _newest_setup(named)[list(dict.fromkeys(columns.values()))].reset_index(drop=True)

@@ -25,6 +25,7 @@ _TABLES = {
 _SCALES = ("paper", "h100", "wikipedia", "laptop")  # the largest first; others behind them
 _NAMES = {"resona": "Resona", "statex": "StateX"}
 _PAPER = ("paper", "paper_ppl")  # columns with the printed value, empty where the paper prints none
+NO_VERDICT = "no verdict"
 
 
 def summary(outputs: Path, passing: str = "smoke") -> pd.DataFrame:
@@ -34,8 +35,11 @@ def summary(outputs: Path, passing: str = "smoke") -> pd.DataFrame:
         outputs: the folder of the profiles' folders. passing: the profile whose results are not kept.
 
     Returns:
-        table, numbers (what they are), profile, cells (that the paper prints), one column a verdict. Base models at
-        another scale than the paper's may have none: the perplexity of another model is no claim.
+        table, numbers (what they are), profile, cells (that the paper prints), one column a verdict, and no verdict:
+        the perplexity of a base model at another scale than the paper's is no claim.
+
+    Raises:
+        ValueError: a file that is no such table.
     """
     found = {folder.name for folder in outputs.iterdir() if folder.is_dir()} - {passing, "results"}
     profiles = [name for name in _SCALES if name in found] + sorted(found - set(_SCALES))
@@ -45,13 +49,12 @@ def summary(outputs: Path, passing: str = "smoke") -> pd.DataFrame:
             file = outputs / profile / f"{name}.csv"
             if not file.is_file():
                 continue
-            cells = pd.read_csv(file)
-            cells = cells[cells[next(column for column in _PAPER if column in cells)].notna()]
-            counts = cells["verdict"].value_counts()
-            if counts.get(NOT_RUN, 0) < len(cells):
+            given = _verdicts(file)
+            counts = {verdict: int((given == verdict).sum()) for verdict in VERDICTS}
+            if counts[NOT_RUN] < len(given):
                 lines.append({"table": f"{_NAMES[paper]}, {number}", "numbers": numbers, "profile": profile,
-                              "cells": len(cells), **{verdict: int(counts.get(verdict, 0)) for verdict in VERDICTS}})
-    return pd.DataFrame(lines, columns=["table", "numbers", "profile", "cells", *VERDICTS])
+                              "cells": len(given), **counts, NO_VERDICT: int(given.isna().sum())})
+    return pd.DataFrame(lines, columns=["table", "numbers", "profile", "cells", *VERDICTS, NO_VERDICT])
 
 
 def tables_not_run(table: pd.DataFrame) -> str:
@@ -60,3 +63,15 @@ def tables_not_run(table: pd.DataFrame) -> str:
     missing = {paper: [number for number in numbers if f"{_NAMES[paper]}, {number}" not in ran]
                for paper, numbers in paper_tables().items()}  # fmt: skip
     return "; ".join(f"{_NAMES[paper]} {', '.join(map(str, numbers))}" for paper, numbers in missing.items() if numbers)
+
+
+def _verdicts(file: Path) -> pd.Series:
+    """The verdict of each of the paper's cells in a table's file, NaN where it has none."""
+    try:
+        cells = pd.read_csv(file)
+    except pd.errors.EmptyDataError:  # a table without lines
+        return pd.Series(dtype=object)
+    printed = [column for column in _PAPER if column in cells]
+    if not printed or "verdict" not in cells:
+        raise ValueError(f"{file} is no table with the paper's values and verdicts")
+    return cells.loc[cells[printed[0]].notna(), "verdict"]

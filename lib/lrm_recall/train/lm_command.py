@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", required=True, help="whose rows these are")
     parser.add_argument("--results", type=Path, default=Path("outputs/results"), help="folder of rows")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no run that would end later than this")
+    parser.add_argument("--budget", type=float, metavar="SECONDS",
+                        help="start no run that would end later, at the pace so far; the cheapest go first")
     options = parser.parse_args(arguments)
     try:
         runs, deadline = read_runs(options.runs), deadline_after(options.budget)
@@ -80,6 +81,8 @@ def _train(runs: Sequence[LMRun], store: ResultStore, profile: str, device: str,
         print(row["key"], row["error"] or f"test loss {row['metrics']['test_loss']:.4f}", flush=True)
 
     rows = run_sweep(runs, how, store, profile=profile, retry_failed=True, deadline=deadline, on_row=ended)
+    if len(rows) < len(plan.specs):
+        print(f"{len(plan.specs) - len(rows)} runs were not started for want of time")
     return any(row["status"] != "ok" for row in rows)
 
 
