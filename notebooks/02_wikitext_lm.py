@@ -117,9 +117,10 @@ print(prepared.splits["test"][0]["title"], "\n", prepared.splits["test"][0]["tex
 # weights of the best validation count. A training sequence is a window of one article, so nothing of another article
 # is in sight.
 #
-# Three kinds of runs are added for one backbone: Resona with no weight (alpha 1); training on packed articles, where
-# neither state nor retrieval stops at an article's beginning; and other choices of what the paper leaves open. A fourth
-# changes an option of the backbone itself (`changed`), in all three variants.
+# Two kinds of runs are added for one backbone (`shown_mixer`): Resona with no weight (alpha 1), and training on packed
+# articles, where neither state nor retrieval stops at an article's beginning. A third kind tries other choices of what
+# the paper leaves open (`ablated`, for `ablated_mixers`), and a fourth changes an option of a backbone itself
+# (`changed`), in all three variants.
 
 # %%
 resona = {"chunk_size": chunk_size, "top_k": top_k, "encoder": encoder, "gate": gate, "alpha": alpha,
