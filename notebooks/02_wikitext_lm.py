@@ -64,6 +64,8 @@ ablated: dict[str, list] = {"gate": ["none"], "encoder": ["place"]}  # Resona op
 ablated_mixers: list[str] = ["gla"]  # backbones of that ablation
 packed_variants: list[str] = ["base", "resona"]  # trained on packed articles too, to see what leaks between them
 changed: dict[str, dict] = {}  # backbones that are trained once more, with these options of their mixer
+zero_shot: list[str] = []  # tasks of Table 8 to score the trained models in; none: no scores
+zero_shot_source: str = "auto"  # of their questions: auto, hub or offline (openbookqa, piqa and pubmedqa alone)
 INTERACTIVE: bool = False  # show widgets (in JupyterLab, never in a batch run)
 
 # %%
@@ -79,7 +81,7 @@ from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
 from lrm_recall.figures.lm_rows import with_mixer_args
 from lrm_recall.figures.lm_table2 import lm_table2, table2_markdown
-from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown
+from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown, table8_mixers
 from lrm_recall.figures.tables import markdown, write_table
 from lrm_recall.options import check_names
 from lrm_recall.promises import promise
@@ -89,6 +91,8 @@ from lrm_recall.train.device import usable_device
 from lrm_recall.train.lm_checkpoints import forget_checkpoints
 from lrm_recall.train.lm_data import prepared_corpus
 from lrm_recall.train.lm_grid import GROUP, experiment, lm_runs, write_runs
+from lrm_recall.train.lm_zero_shot import EXPERIMENT as SCORES
+from lrm_recall.train.lm_zero_shot import score_models, zero_shot_experiment, zero_shot_runs
 
 print(provenance.describe(provenance.snapshot(), profile=profile, seeds=seeds))
 
@@ -273,9 +277,24 @@ Markdown(markdown(leaks) if len(leaks) else "Not asked for.")
 
 # %% [markdown]
 # ## Table 8: zero-shot scores
+#
+# The models of Table 2 that the paper scores too, in the tasks that `zero_shot` names, by lm-evaluation-harness. A
+# model is scored on the machine that has its weights. The paper's claim is that Resona loses nothing where nothing is
+# to be recalled.
 
 # %%
-table8 = lm_table8(rows, profile)
+to_score = [run for run in main if run.mixer in table8_mixers()]
+score_store = ResultStore(profile_path(results_dir, SCORES, profile))
+scores, left = [], "Not asked for in this profile."
+if zero_shot and to_score:
+    tasks = zero_shot_runs(plan_sweep(to_score, how, store).specs, zero_shot)
+    scoring = zero_shot_experiment(zero_shot_source, zero_shot, usable_device(device))
+    scores, left = score_models(tasks, scoring, score_store, profile=profile, workers=workers,
+                                retry_failed=retry_failed, deadline=deadline_after(budget))
+print(left or f"{len(scores)} models scored")
+
+# %%
+table8 = lm_table8(rows, load_profiles(results_dir, SCORES), profile, resona)
 table8_text = table8_markdown(table8)
 files += write_table(table8, output_dir, "lm_table8", table8_text)
 Markdown(table8_text)
@@ -325,3 +344,5 @@ if INTERACTIVE:
 
 # %%
 promise(store, [row["key"] for row in own], files)
+if scores:
+    promise(score_store, [row["key"] for row in scores])

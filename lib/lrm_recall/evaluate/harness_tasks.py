@@ -9,9 +9,12 @@ own task divides by words and reads WikiText-2, whose test split is WikiText-103
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from lrm_recall.options import check_names
 
 _ACC = {"accuracy": "acc"}
 _BOTH = {"accuracy": "acc", "accuracy_norm": "acc_norm"}
@@ -39,8 +42,16 @@ class HarnessTask:
     revision: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
-    def configuration(self) -> dict[str, Any]:
-        """What a group of the harness holds for this task: its name, and what is set otherwise than there."""
+    def configuration(self, file: Path | None = None) -> dict[str, Any]:
+        """What a group of the harness holds for this task: its name, and what is set otherwise than there.
+
+        Args:
+            file: JSON Lines with the documents to score, which have the fields of the hub's; None: those of the hub.
+        """
+        if file is not None:
+            return {"task": self.name, "dataset_path": "json", "dataset_name": None, "training_split": None,
+                    "validation_split": None, "test_split": "test",
+                    "dataset_kwargs": {"data_files": {"test": str(file)}}}  # fmt: skip
         pinned = {"dataset_kwargs": {"revision": self.revision}} if self.revision else {}
         return {"task": self.name, **pinned, **self.overrides}
 
@@ -72,9 +83,20 @@ TABLE8 = (
 GROUP = "table8"  # what `lrm-recall evaluate --tasks` takes for all of them
 
 
-def group() -> dict[str, Any]:
-    """The nine tasks as one group of the harness; `lm_eval.simple_evaluate(tasks=[group()])` runs them."""
-    return {"group": GROUP, "task": [task.configuration() for task in TABLE8]}
+def group(names: Sequence[str] | None = None, files: Mapping[str, Path] | None = None) -> dict[str, Any]:
+    """Tasks of the table as one group of the harness; `lm_eval.simple_evaluate(tasks=[group()])` runs them.
+
+    Args:
+        names: of the tasks, as the harness calls them; None: all nine.
+        files: name -> documents to take in the place of the hub's (see `HarnessTask.configuration`).
+
+    Raises:
+        ValueError: a name that no task of the table has.
+    """
+    known = {task.name: task for task in TABLE8}
+    names = list(known) if names is None else names
+    check_names("tasks", names, known)
+    return {"group": GROUP, "task": [known[name].configuration((files or {}).get(name)) for name in names]}
 
 
 def table8_row(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -23,8 +23,9 @@ VARIANT_NAMES = {"base": "Base model", "sp": "Size-matched base", "resona": "+ R
 _CONFIG = ("mixer", "variant", "packed", "hidden_size", "num_layers", "vocab_size", "length", "steps", "batch_size")
 _METRICS = ("test_loss", "test_ppl", "test_word_ppl", "valid_loss", "best_step", "parameters", "tokens", "tokens_per_s",
             "mfu", "alone_loss", "behind_loss", "random_chunks_ppl", "test_positions")  # fmt: skip
-_OTHER = {"profile": "profile", "seed": "seed", "created": "created", "history": "history", "code": "code",
-          "data.source": "source", "data.corpus": "corpus", "peak_memory_mb": "peak_memory_mb"}  # fmt: skip
+_OTHER = {"key": "key", "profile": "profile", "seed": "seed", "created": "created", "history": "history",
+          "code": "code", "data.source": "source", "data.corpus": "corpus",
+          "peak_memory_mb": "peak_memory_mb"}  # fmt: skip
 RETRIEVAL = ("title", "chunk_size", "texts", "layers")
 
 
@@ -37,7 +38,7 @@ def lm_rows(rows: pd.DataFrame, resona: Mapping[str, Any] | None = None) -> pd.D
             they retrieve in the layers of the paper; runs without Resona stay. None: keep all.
 
     Returns:
-        CELL, seed, the fields and metrics of a run by their own names, and retrieval_title ... retrieval_layers;
+        key, CELL, seed, the fields and metrics of a run by their own names, and retrieval_title ... retrieval_layers;
         empty when there is no such run.
     """
     columns = {f"config.{name}": name for name in _CONFIG} | {f"metrics.{name}": name for name in _METRICS} | _OTHER

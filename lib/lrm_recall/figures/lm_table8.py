@@ -1,78 +1,141 @@
 """Resona, Table 8 (zero-shot scores of the pretrained models), the paper's values beside ours.
 
-Ours come from rows of the experiment "table8", one for each model: config.mixer and config.variant as in the rows of
-language models, and metrics by the table's heads, such as {"ARC-C": {"accuracy": 0.19, "accuracy_norm": 0.25}}. Until
-there are such rows every cell is `not run`.
+Ours are of the models of Table 2, as `lrm_recall.train.lm_zero_shot` scores them. Until there are such rows every cell
+is `not run`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import pandas as pd
 
-from lrm_recall.figures.lm_rows import VARIANT_NAMES
+from lrm_recall.figures.lm_rows import VARIANT_NAMES, lm_rows
 from lrm_recall.figures.style import MODELS
 from lrm_recall.figures.tables import markdown
-from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, TREND_ONLY
+from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, TREND_ONLY, VERDICTS
 from lrm_recall.paper import paper_values
+from lrm_recall.train.lm_zero_shot import EXPERIMENT
 
-EXPERIMENT = "table8"
-_TOLERANCE = 0.02  # of an accuracy: two standard errors of a task with 2,500 questions
+_ERRORS = 2  # standard errors of a difference that chance explains
+_ALL = "AVG"
 
 
-def lm_table8(rows: pd.DataFrame, profile: str) -> pd.DataFrame:
-    """Every cell of Table 8: model, variant, task, metric, paper, ours, verdict.
+def table8_mixers() -> list[str]:
+    """The backbones that the paper's Table 8 has."""
+    return list(dict.fromkeys(_paper()["mixer"]))
 
-    The paper's claim is that Resona loses nothing on tasks that need no recall. So a cell with Resona is `trend only`
-    when it is no more than 0.02 below our own base, `not reproduced` when it is, and a cell of a base or size-matched
-    model has no verdict of its own. Parameters and perplexity, which are Table 2's, are left out.
+
+def lm_table8(
+    rows: pd.DataFrame, scores: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None = None
+) -> pd.DataFrame:
+    """Every accuracy of Table 8: mixer, model, variant, task, metric, paper, ours (the mean over seeds), error (its
+    standard error, over questions), seeds, source (of the questions), verdict.
+
+    The paper's claim is that Resona loses nothing on tasks that need no recall. So a cell with Resona is `not
+    reproduced` when it is below our own base by more than two standard errors of their difference, otherwise `trend
+    only`, and a cell of a base or size-matched model has no verdict of its own. Parameters and perplexity, which are
+    Table 2's, are left out.
+
+    Args:
+        rows, resona: as for `lrm_recall.figures.lm_rows.lm_rows`; scores count of the models that count there.
+        scores: the rows of `lrm_recall.train.lm_zero_shot`.
     """
-    values = paper_values("resona", 8)
-    values = values[values["metric"].str.startswith("accuracy")]
-    mixer_of = {m.name: mixer for mixer, m in MODELS.items()}
-    table = pd.DataFrame({
-        "mixer": values["model"].map(mixer_of), "model": values["model"], "variant": values["variant"],
-        "task": values["task"], "metric": values["metric"], "paper": values["value"],
-    }).reset_index(drop=True)  # fmt: skip
-    ours = _ours(rows, profile)
-    table["ours"] = [ours.get((line.mixer, line.variant, line.task, line.metric)) for line in table.itertuples()]
-    table["verdict"] = [_verdict(line, ours) for line in table.to_dict("records")]
+    table = _paper()
+    cells = _cells(rows, scores, profile, resona)
+    for column in ("ours", "error", "seeds", "source"):
+        table[column] = [cells.get(_key(line), {}).get(column) for line in table.to_dict("records")]
+    table["verdict"] = [_verdict(line, cells) for line in table.to_dict("records")]
     return table
 
 
 def table8_markdown(table: pd.DataFrame) -> str:
-    """The table for a reader: a line a model and variant when something ran, otherwise one sentence."""
+    """The table for a reader: a line a model and variant, a column a score that ran; or one sentence."""
     if table["ours"].isna().all():
-        return (f"None of the {len(table)} accuracies of Table 8 has a row: not run. "
-                "`lrm-recall evaluate --tasks table8 --model_args pretrained=FOLDER` scores a trained model; the "
-                "folder of each run is models/<key of its row> in the cache.")
+        return (f"None of the {len(table)} accuracies of Table 8 has a row: not run. `zero_shot` names the tasks to "
+                "score the models in that were trained here; `lrm-recall evaluate --tasks table8 --model_args "
+                "pretrained=FOLDER` scores any model.")
     ran = table[table["ours"].notna()]
-    return markdown(pd.DataFrame({
-        "model": ran["model"], "variant": ran["variant"].map(VARIANT_NAMES), "task": ran["task"],
-        "metric": ran["metric"], "paper": ran["paper"].map("{:.4f}".format), "ours": ran["ours"].map("{:.4f}".format),
-        "verdict": ran["verdict"],
-    }))  # fmt: skip
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in ran.to_dict("records"):
+        line = lines.setdefault((cell["model"], cell["variant"]),
+                                {"model": cell["model"], "variant": VARIANT_NAMES[cell["variant"]]})  # fmt: skip
+        name = cell["task"] + (" norm." if cell["metric"] == "accuracy_norm" else "")
+        line[f"{name}: paper"] = f"{cell['paper']:.3f}"
+        line[f"{name}: ours"] = f"{cell['ours']:.3f} ± {cell['error']:.3f}"
+    behind = ran.loc[ran["verdict"] == NOT_REPRODUCED].to_dict("records")
+    names = ", ".join(f"{cell['model']} in {cell['task']} ({cell['metric']})" for cell in behind)
+    counts = ", ".join(f"{int((table['verdict'] == verdict).sum())} {verdict}" for verdict in VERDICTS)
+    return "\n".join([
+        markdown(pd.DataFrame(list(lines.values()))), "",
+        f"Questions from {' and '.join(sorted(set(ran['source'])))}; ± is the standard error over questions. With "
+        f"Resona below its base by more than two standard errors of the difference: {names or 'none'}.", "",
+        f"Of the {len(table)} accuracies of Table 8: {counts}; {int((table['verdict'] == '').sum())} of base and "
+        "size-matched models without a verdict.",
+    ])  # fmt: skip
 
 
-def _ours(rows: pd.DataFrame, profile: str) -> dict[tuple[str, str, str, str], float]:
-    if "experiment" not in rows:
+def _paper() -> pd.DataFrame:
+    values = paper_values("resona", 8)
+    values = values[values["metric"].str.startswith("accuracy")]
+    mixer_of = {m.name: mixer for mixer, m in MODELS.items()}
+    return pd.DataFrame({
+        "mixer": values["model"].map(mixer_of), "model": values["model"], "variant": values["variant"],
+        "task": values["task"], "metric": values["metric"], "paper": values["value"],
+    }).reset_index(drop=True)  # fmt: skip
+
+
+def _key(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return cell["mixer"], cell["variant"], cell["task"], cell["metric"]
+
+
+def _cells(
+    rows: pd.DataFrame, scores: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
+) -> dict[tuple[str, str, str, str], dict[str, Any]]:
+    """ours, error, seeds and source of each cell that ran."""
+    trained = lm_rows(rows, resona)
+    trained = trained[(trained["profile"] == profile) & ~trained["packed"].astype(bool)]
+    if scores.empty:
         return {}
-    scored = rows[(rows["experiment"] == EXPERIMENT) & (rows["status"] == "ok") & (rows["profile"] == profile)]
-    found = {}
+    scored = scores[(scores["experiment"] == EXPERIMENT) & (scores["status"] == "ok")
+                    & scores["config.trained"].isin(set(trained["key"]))]  # fmt: skip
+    scored = scored.sort_values("created", kind="stable").drop_duplicates("config.trained", keep="last")
+    found: dict[tuple[str, str, str, str], list[tuple[float, float, str]]] = {}
     for row in scored.to_dict("records"):
-        for name, value in row.items():
-            parts = str(name).split(".")
-            if parts[0] == "metrics" and len(parts) > 2 and not pd.isna(value):
-                task = ".".join(parts[1:-1])  # some heads end in a full stop
-                found[row["config.mixer"], row["config.variant"], task, parts[-1]] = value
-    return found
+        for (task, metric), accuracy in _accuracies(row).items():
+            cell = row["config.mixer"], row["config.variant"], task, metric
+            found.setdefault(cell, []).append((*accuracy, row["data.source"]))
+    averaged = {}
+    for cell, seeds in found.items():
+        values, errors, sources = zip(*seeds, strict=True)
+        error = sum(errors) / len(seeds)  # all seeds are asked the same questions
+        averaged[cell] = {"ours": sum(values) / len(seeds), "error": error, "seeds": len(seeds),
+                          "source": " and ".join(sorted(set(sources)))}  # fmt: skip
+    return averaged
 
 
-def _verdict(line: dict, ours: dict[tuple[str, str, str, str], float]) -> str:
+def _accuracies(row: Mapping[str, Any]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Accuracy and its standard error by task and metric; that of AVG, a mean of accuracies, from theirs."""
+    values: dict[tuple[str, str], float] = {}
+    for name, value in row.items():
+        parts = str(name).split(".")  # some heads end in a full stop
+        if parts[0] == "metrics" and parts[-1].startswith("accuracy") and not pd.isna(value):
+            values[".".join(parts[1:-1]), parts[-1]] = value
+    errors = {(task, metric): math.sqrt(value * (1 - value) / row[f"metrics.{task}.questions"])
+              for (task, metric), value in values.items() if task != _ALL}  # fmt: skip
+    return {cell: (value, errors.get(cell, math.hypot(*errors.values()) / max(len(errors), 1)))
+            for cell, value in values.items()}  # fmt: skip
+
+
+def _verdict(line: dict, cells: Mapping[tuple[str, str, str, str], Mapping[str, Any]]) -> str:
     if pd.isna(line["ours"]):
         return NOT_RUN
     if line["variant"] != "resona":
         return ""
-    base = ours.get((line["mixer"], "base", line["task"], line["metric"]))
+    base = cells.get(_key(line | {"variant": "base"}))
     if base is None:
         return NOT_RUN
-    return TREND_ONLY if line["ours"] >= base - _TOLERANCE else NOT_REPRODUCED
+    behind = base["ours"] - line["ours"]
+    return NOT_REPRODUCED if behind > _ERRORS * math.hypot(base["error"], line["error"]) else TREND_ONLY
