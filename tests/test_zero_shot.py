@@ -94,7 +94,8 @@ def test_what_cannot_be_scored_here_is_said_and_nothing_is_stored(cache, tmp_pat
     found, installed = importlib.util.find_spec, []
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name, *rest: (installed or None) if name == "lm_eval" else found(name, *rest))
-    assert score(tmp_path).startswith("0 of 2 models have scores; 2 not: lm-evaluation-harness is not installed")
+    said = score(tmp_path)
+    assert said.startswith("0 of 2 models have scores of this code and harness; 2 not: lm-evaluation-harness is not")
     installed.append(True)
     assert "; 2 not: no weights in " in score(tmp_path)
     (cache / "models" / runs()[0].trained).mkdir(parents=True)
@@ -115,7 +116,8 @@ def test_scores_are_made_anew_on_request_alone(cache, tmp_path, monkeypatch):
     scoring = dataclasses.replace(scoring, run=made_up_scores)
     for fresh, count in ((False, 1), (False, 1), (True, 2)):
         rows, what = score_models([base], scoring, store, profile="smoke", fresh=fresh)
-        assert what == "1 of 1 models have scores" and len(store.path.read_text().splitlines()) == count
+        assert what == "1 of 1 models have scores of this code and harness"
+        assert len(store.path.read_text().splitlines()) == count
     (cache / "models" / base.trained).rmdir()
     assert score_models([base], scoring, store, profile="smoke")[0] == rows  # stored: no weights are needed
     rows, what = score_models([base], scoring, store, profile="smoke", fresh=True)

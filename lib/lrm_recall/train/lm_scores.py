@@ -105,7 +105,8 @@ def score_models(
     counts["failed"] = sum(row["status"] != "ok" for row in rows)
     counts["no time left"] += len(here) - len(rows)
     left = "".join(f"; {count} not: {why}" for why, count in counts.items() if count)
-    return rows, f"{len(rows) - counts['failed']} of {len(plan.specs)} models have scores{left}"
+    scored = len(rows) - counts["failed"]
+    return rows, f"{scored} of {len(plan.specs)} models have scores of this code and harness{left}"
 
 
 def _why_not(run: ZeroShotRun, in_time: bool) -> str | None:
