@@ -8,9 +8,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lrm_kernels.gate_weights import gate_weights
-from lrm_kernels.memory_norm import memory_norm
 from lrm_kernels.mix_retrieved import mix_retrieved
 from lrm_kernels.pool_chunks import pool_chunks
+from lrm_kernels.rms_norm import memory_norm
 from lrm_kernels.unit_rows import unit_rows
 from lrm_recall.context import Context
 from lrm_recall.ops.dispatch import BACKEND_VARIABLE

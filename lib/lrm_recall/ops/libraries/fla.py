@@ -7,9 +7,7 @@ import torch.nn.functional as F
 import triton
 from fla.modules.activations import swiglu_linear
 from fla.modules.fused_cross_entropy import cross_entropy_loss
-from fla.modules.norm.fused_norm_gate import rms_norm_gated
 from fla.modules.norm.layernorm import layer_norm as fla_layer_norm
-from fla.modules.norm.layernorm import rms_norm as fla_rms_norm
 from fla.modules.rotary import rotary_embedding
 from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
@@ -18,6 +16,7 @@ from fla.ops.rwkv6 import chunk_rwkv6, fused_recurrent_rwkv6
 from fla.ops.simple_gla import chunk_simple_gla, fused_recurrent_simple_gla
 from torch import Tensor
 
+from lrm_kernels import rms_norm as norms
 from lrm_kernels import step
 from lrm_kernels.matvec import MOST_ROWS, matvec, matvec_swiglu
 from lrm_kernels.row_norm import row_norm
@@ -56,6 +55,13 @@ def _one_token(x: Tensor) -> bool:
 def _check_dtype(x: Tensor) -> None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise Unsupported(f"its kernels take float32, float16 and bfloat16, not {x.dtype}")
+
+
+def _check_rows(x: Tensor) -> None:
+    """Of a norm: our own kernels, since the library's are laid out for few channels or few rows."""
+    _check_dtype(x)
+    if not norms.fits(x):
+        raise Unsupported(f"its kernels take rows of 1 to {norms.MOST_CHANNELS} channels, not shape {tuple(x.shape)}")
 
 
 def gla(q, k, v, log_decay, *, scale=None, initial_state=None, chunk_size=64, output_final_state=True):
@@ -118,8 +124,8 @@ def rwkv5(r, k, v, log_decay, bonus, *, initial_state=None, chunk_size=64, outpu
 
 
 def rms_norm(x, weight, eps):
-    _check_dtype(x)
-    return row_norm(x, weight, eps) if _one_token(x) else fla_rms_norm(x, weight, None, eps=eps)
+    _check_rows(x)
+    return row_norm(x, weight, eps) if _one_token(x) else norms.rms_norm(x, weight, eps)
 
 
 def layer_norm(x, weight, bias, eps):
@@ -130,18 +136,15 @@ def layer_norm(x, weight, bias, eps):
 
 
 def add_rms_norm(x, stream, weight, eps):
-    _check_dtype(x)
+    _check_rows(x)
     if _one_token(x):
         return row_norm(x, weight, eps, residual=stream)
-    return fla_rms_norm(x, weight, None, residual=stream, eps=eps, prenorm=True,
-                        residual_in_fp32=stream.dtype == torch.float32)
+    return norms.add_rms_norm(x, stream, weight, eps)
 
 
 def gated_rms_norm(x, gate, weight, eps):
-    _check_dtype(x)
-    if _one_token(x):
-        return row_norm(x, weight, eps, gate=gate)
-    return rms_norm_gated(x, gate, weight, None, eps=eps)
+    _check_rows(x)
+    return row_norm(x, weight, eps, gate=gate) if _one_token(x) else norms.rms_norm(x, weight, eps, gate)
 
 
 def rotate(x, cos, sin):

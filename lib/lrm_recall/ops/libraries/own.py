@@ -87,8 +87,8 @@ def pool_chunks(tokens, place):
 
 def memory_norm(x, weight, eps):
     """The RMS norm of a memory [..., D] once for three readers: search, keys and values."""
-    from lrm_kernels.memory_norm import MOST_CHANNELS
-    from lrm_kernels.memory_norm import memory_norm as kernel
+    from lrm_kernels.rms_norm import MOST_CHANNELS
+    from lrm_kernels.rms_norm import memory_norm as kernel
 
     for tensor in (x, weight):
         _check_dtypes(tensor)
