@@ -16,7 +16,7 @@ from lrm_recall.train.lm_grid import expected_seconds, parameter_count
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "02_wikitext_lm"
-PROFILES = (*notebook_scope.PROFILES, "wikipedia")
+PROFILES = (*notebook_scope.PROFILES, "wikipedia", "paper_shape")
 
 
 def scope_of(profile: str) -> dict:

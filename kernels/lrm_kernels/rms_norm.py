@@ -68,7 +68,7 @@ def _d_norm_kernel(
             d_y += tl.load(d_y_1 + at, mask=here, other=0.0).to(tl.float32)
         if READERS > 2:
             d_y += tl.load(d_y_2 + at, mask=here, other=0.0).to(tl.float32)
-        scale = tl.rsqrt(tl.sum(value * value, axis=1) / D + eps)[:, None]
+        scale = tl.where(row < rows, tl.rsqrt(tl.sum(value * value, axis=1) / D + eps), 0.0)[:, None]
         unit = value * scale
         if GATE:
             g = tl.load(gate + at, mask=here, other=0.0).to(tl.float32)
@@ -193,13 +193,15 @@ def fits(x: Tensor) -> bool:
     return x.numel() > 0 and x.shape[-1] <= MOST_CHANNELS
 
 
-def _checked(x: Tensor, *like_x: Tensor) -> list[Tensor]:
+def _checked(weight: Tensor, x: Tensor, *like_x: Tensor) -> list[Tensor]:
     """All of them contiguous."""
     if not fits(x):
         raise ValueError(f"an RMS norm takes rows of 1 to {MOST_CHANNELS} channels, got shape {tuple(x.shape)}")
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"the weight must be [{x.shape[-1]}], as rows of the input are, got {list(weight.shape)}")
     if wrong := [tuple(tensor.shape) for tensor in like_x if tensor.shape != x.shape]:
         raise ValueError(f"what stands beside an RMS norm has the shape of its input, {tuple(x.shape)}, got {wrong[0]}")
-    return [tensor.contiguous() for tensor in (x, *like_x)]
+    return [tensor.contiguous() for tensor in (weight, x, *like_x)]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) -> Tensor:
@@ -215,10 +217,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None) 
         [..., D] in x's dtype, computed in fp32.
 
     Raises:
-        ValueError: rows that are too long, or none; a gate of another shape.
+        ValueError: rows that are too long, or none; a weight or a gate of another shape.
     """
-    x, *gates = _checked(x, *(() if gate is None else (gate,)))
-    return _RMSNorm.apply(x, weight.contiguous(), eps, *(gates or (None,)))
+    weight, x, *gates = _checked(weight, x, *(() if gate is None else (gate,)))
+    return _RMSNorm.apply(x, weight, eps, *(gates or (None,)))
 
 
 def add_rms_norm(x: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -233,10 +235,10 @@ def add_rms_norm(x: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple
         the norm of the sum [..., D] in x's dtype, and the sum in the stream's, of which the norm is taken.
 
     Raises:
-        ValueError: rows that are too long, or none; a stream of another shape.
+        ValueError: rows that are too long, or none; a weight or a stream of another shape.
     """
-    x, stream = _checked(x, stream)
-    return _AddRMSNorm.apply(x, stream, weight.contiguous(), eps)
+    weight, x, stream = _checked(weight, x, stream)
+    return _AddRMSNorm.apply(x, stream, weight, eps)
 
 
 def memory_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,6 +251,7 @@ def memory_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, 
         [..., D] in x's dtype, computed in fp32: for three readers, whose gradients are added up in fp32.
 
     Raises:
-        ValueError: rows that are too long, or none.
+        ValueError: rows that are too long, or none; a weight of another shape.
     """
-    return _MemoryNorm.apply(*_checked(x), weight.contiguous(), eps)
+    weight, x = _checked(weight, x)
+    return _MemoryNorm.apply(x, weight, eps)

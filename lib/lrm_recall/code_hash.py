@@ -7,23 +7,31 @@ imports that only a type checker sees; modules found by name at run time (the ca
 from the package itself, not when it is only passed on the way to a submodule.
 
 The hash is taken over source text, not over syntax trees, whose printed form differs between Python versions.
+
+Code that was changed without changing results keeps its name: `same_code.json` says which hashes stand for the same
+results, and which stored rows were computed again to the last digit to show it (`lrm_recall.same_code`).
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import io
+import json
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("lrm_recall", "lrm_kernels")
+SAME_CODE = Path(__file__).with_name("same_code.json")  # {hash: {"as": an earlier hash, "rows": [keys]}}
 
 
 def code_hash(modules: Iterable[str], roots: Sequence[Path] | None = None) -> str:
-    """First 16 hex digits of sha256 over the code of `modules` and of all they import from our packages.
+    """The name of the code of `modules` and of all they import from our packages: that of `source_hash`, or the earlier
+    one that gives the same results.
 
     Args:
         modules: full names, such as "lrm_recall.train.synthetic"; "-lrm_recall.checkpoints" leaves that module, or all
@@ -33,6 +41,18 @@ def code_hash(modules: Iterable[str], roots: Sequence[Path] | None = None) -> st
     Raises:
         ValueError: when a module, or one that it imports, does not exist.
     """
+    digest = source_hash(modules, roots)
+    return same_code().get(digest, {"as": digest})["as"]
+
+
+@functools.cache
+def same_code() -> dict[str, dict[str, Any]]:
+    """What `same_code.json` holds."""
+    return json.loads(SAME_CODE.read_text(encoding="utf-8")) if SAME_CODE.is_file() else {}
+
+
+def source_hash(modules: Iterable[str], roots: Sequence[Path] | None = None) -> str:
+    """First 16 hex digits of sha256 over the code; arguments as for `code_hash`."""
     digest = hashlib.sha256()
     for name, path in sorted(import_closure(modules, roots).items()):
         digest.update(f"\0{name}\0{code_only(_source(path))}".encode())

@@ -2,12 +2,14 @@
 
     lrm-recall results merge a/synthetic.paper.jsonl b/synthetic.paper.jsonl     into outputs/results
     lrm-recall results summary                                                   outputs/summary.md, and shown
+    lrm-recall results same-code outputs/results/language_model.laptop.jsonl     after a change that changes no result
 
 Of rows with the same key the newest successful one counts, then the newest failed one. Merging twice changes nothing,
 and a sweep may go on meanwhile. The summary counts the verdicts in the tables that the notebooks have left in outputs/.
+`same-code` does some of the runs of a file again, half an hour on two cores (`lrm_recall.same_code`).
 
-Exit code 0: done; 1: the file could not be written and is as it was; 2: a mistake in what was asked, or a file that is
-not one of rows; nothing has been done.
+Exit code 0: done; 1: the file could not be written and is as it was, or runs done again differ; 2: a mistake in what
+was asked, or a file that is not one of rows; nothing has been done.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("--into", type=Path, metavar="FILE", help="default: the file of that name in outputs/results")
     merge.set_defaults(command=_merge)
     actions.add_parser("summary", help="count the verdicts of all notebooks' tables").set_defaults(command=_summary)
+    same = actions.add_parser("same-code", help="show that code was changed without changing results")
+    same.add_argument("file", type=Path, metavar="FILE", help="rows of language models, computed on such a machine")
+    same.set_defaults(command=_same_code)
 
 
 def _summary(workbook: Workbook, options: argparse.Namespace) -> int:
@@ -74,6 +79,24 @@ def _merge(workbook: Workbook, options: argparse.Namespace) -> int:
         return 1
     print(f"{into}: {_merged(merge)}")
     return 0
+
+
+def _same_code(workbook: Workbook, options: argparse.Namespace) -> int:
+    from lrm_recall.same_code import show_same
+    from lrm_recall.train.language_model import EXPERIMENT
+
+    if not options.file.is_file():
+        raise ParameterError([f"there is no file {options.file}"])
+    try:
+        rows = ResultStore(options.file).rows()
+    except StoreError as error:
+        raise ParameterError([str(error)]) from None
+    if strange := sorted({row["experiment"] for row in rows} - {EXPERIMENT}):
+        raise ParameterError([f"{options.file} has rows of {', '.join(strange)}; only {EXPERIMENT} can be done again"])
+    if gpus := sorted({device for row in rows if (device := row["machine"].get("device", "cpu")) != "cpu"}):
+        raise ParameterError([f"{options.file} has rows of {', '.join(gpus)}; runs are done again on a CPU, as the "
+                              "rows of profile laptop were"])
+    return 0 if show_same(rows, lambda text: print(text, flush=True)) else 1
 
 
 def _check_profiles(rows: Sequence[Row], into: Path) -> None:

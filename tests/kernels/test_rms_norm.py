@@ -78,6 +78,11 @@ def test_rows_of_any_scale_have_one_size(rows, D, scale):
     assert_close(y.square().mean(-1), torch.ones(rows, device=DEVICE), 1e-4)
 
 
+def test_without_eps_the_rows_that_are_not_there_add_nothing():
+    x, weight = Draw().leaf(3, 33), Draw(seed=1).leaf(33)  # a program takes more than three
+    assert_agrees(rms_norm, rms_norm_torch, [x, weight, 0.0])
+
+
 def test_the_same_in_every_run():
     draw = Draw(torch.bfloat16)
     inputs = [draw.leaf(1, 1000, 20), draw.leaf(20), EPS, draw.leaf(1, 1000, 20)]
@@ -90,6 +95,7 @@ def test_the_same_in_every_run():
     [
         (lambda x: rms_norm(x[:0], x[0], EPS), r"got shape \(0, 4\)"),
         (lambda x: rms_norm(x.new_zeros(1, 20_000), x[0], EPS), r"rows of 1 to 16384 channels, got shape \(1, 20000\)"),
+        (lambda x: rms_norm(x, x[0, :3], EPS), r"the weight must be \[4\], as rows of the input are, got \[3\]"),
         (lambda x: rms_norm(x, x[0], EPS, x[:1]), r"its input, \(2, 4\), got \(1, 4\)"),
         (lambda x: add_rms_norm(x, x[:1], x[0], EPS), r"its input, \(2, 4\), got \(1, 4\)"),
     ],

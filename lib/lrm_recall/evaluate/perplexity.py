@@ -108,12 +108,14 @@ class ArticleWindows(Dataset):
         return np.concatenate([[0], np.cumsum(sizes)])
 
 
-def collate(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(items: Sequence[dict[str, Tensor]], length: int = 0) -> dict[str, Tensor]:
     """Windows as one batch, {"input_ids", "labels"} [B, T]: short ones filled up on the right, with labels IGNORED.
+
+    T is that of the longest, and at least `length`.
 
     No mask goes with it: what stands behind a row changes nothing before it in a causal model.
     """
-    longest = max(len(item["input_ids"]) for item in items)
+    longest = max(length, *(len(item["input_ids"]) for item in items))
 
     def filled(name: str, value: int) -> Tensor:
         return torch.stack([F.pad(item[name], (0, longest - len(item[name])), value=value) for item in items])

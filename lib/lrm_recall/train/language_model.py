@@ -195,9 +195,11 @@ def run_lm(
 def code_modules(run: LMRun) -> list[str]:
     """Modules whose code, with all they import, decides the result of a run: the argument of `code_hash`."""
     retrieval = [] if run.resona is None else ["lrm_recall.resona.layer"]
-    # how a corpus is made shows in its revision; where files lie, and what counts only while decoding, in nothing
+    # how a corpus is made shows in its revision; where files lie, what counts only while decoding, and how the kernels
+    # of a pass are launched, in nothing
     no_matter = ("checkpoints", "decode", "data.preparation", "data.corpora", "data.augment", "data.tokenizer",
-                 "data.store", "train.lm_tokenizer", "train.lm_checkpoints", "code_hash", "rows")  # fmt: skip
+                 "data.store", "train.lm_tokenizer", "train.lm_checkpoints", "train.lm_graph", "code_hash",
+                 "rows")  # fmt: skip
     return ["lrm_recall.train.language_model", f"lrm_recall.mixers.{run.mixer}", *retrieval,
             *(f"-lrm_recall.{name}" for name in no_matter)]
 

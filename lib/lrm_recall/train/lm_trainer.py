@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from lrm_recall.evaluate.perplexity import ArticleWindows, collate, perplexity
 from lrm_recall.ops.loss import IGNORED
 from lrm_recall.train.lm_checkpoints import MarkComplete
 from lrm_recall.train.lm_data import TrainingSequences, chunk_finder
+from lrm_recall.train.lm_graph import ReplayedStep
 
 if TYPE_CHECKING:
     from lrm_recall.data.prepared import Prepared
@@ -40,7 +42,12 @@ class LMTrainer(Trainer):
     Its log (`state.log_history`, which a checkpoint carries) has two kinds of entries: every `log_every` steps loss
     (mean over them, in nats a token), grad_norm and learning_rate of the last, tokens and seconds (of training, without
     validation and saving) since the entry before; every `eval_every` steps eval_loss.
+
+    On one GPU forward and backward pass are replayed (`lrm_recall.train.lm_graph`), every batch as long as the run's
+    sequences.
     """
+
+    replays = True  # on a GPU; False: kernel by kernel
 
     def __init__(
         self, run: LMRun, model: RecurrentLM, prepared: Prepared, folder: Path, device: torch.device,
@@ -53,17 +60,29 @@ class LMTrainer(Trainer):
             finder=self.finder,
         )  # fmt: skip
         self._clock = _Clock()
+        replays = self.replays and arguments.device.type == "cuda" and arguments.world_size == 1
         super().__init__(
-            model, arguments, data_collator=collate, train_dataset=sequences,
-            eval_dataset=ArticleWindows(prepared, "validation", run.length), callbacks=[MarkComplete(), self._clock],
+            model, arguments, data_collator=partial(collate, length=run.length if replays else 0),
+            train_dataset=sequences, eval_dataset=ArticleWindows(prepared, "validation", run.length),
+            callbacks=[MarkComplete(), self._clock],
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
         self._run, self._prepared, self._progress = run, prepared, progress
         self._tokens = torch.zeros((), dtype=torch.int64, device=arguments.device)
+        self._replayed = ReplayedStep(super().training_step) if replays else None
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None):
         self._tokens += (inputs["labels"] != IGNORED).sum().to(self._tokens.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        step = super().training_step if self._replayed is None else self._replayed
+        return step(model, inputs, num_items_in_batch)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's; what the replays held is free afterwards."""
+        try:
+            return super().train(*args, **options)
+        finally:
+            if self._replayed is not None:
+                self._replayed.close()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Validation loss in nats a token: `lrm_recall.evaluate.perplexity`, every token once."""

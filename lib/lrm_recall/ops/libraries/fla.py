@@ -125,7 +125,8 @@ def rwkv5(r, k, v, log_decay, bonus, *, initial_state=None, chunk_size=64, outpu
 
 def rms_norm(x, weight, eps):
     _check_rows(x)
-    return row_norm(x, weight, eps) if _one_token(x) else norms.rms_norm(x, weight, eps)
+    with torch.cuda.device(x.device):  # which need not be the current one
+        return row_norm(x, weight, eps) if _one_token(x) else norms.rms_norm(x, weight, eps)
 
 
 def layer_norm(x, weight, bias, eps):
@@ -137,14 +138,16 @@ def layer_norm(x, weight, bias, eps):
 
 def add_rms_norm(x, stream, weight, eps):
     _check_rows(x)
-    if _one_token(x):
-        return row_norm(x, weight, eps, residual=stream)
-    return norms.add_rms_norm(x, stream, weight, eps)
+    with torch.cuda.device(x.device):
+        if _one_token(x):
+            return row_norm(x, weight, eps, residual=stream)
+        return norms.add_rms_norm(x, stream, weight, eps)
 
 
 def gated_rms_norm(x, gate, weight, eps):
     _check_rows(x)
-    return row_norm(x, weight, eps, gate=gate) if _one_token(x) else norms.rms_norm(x, weight, eps, gate)
+    with torch.cuda.device(x.device):
+        return row_norm(x, weight, eps, gate=gate) if _one_token(x) else norms.rms_norm(x, weight, eps, gate)
 
 
 def rotate(x, cos, sin):
