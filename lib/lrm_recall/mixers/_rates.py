@@ -11,6 +11,10 @@ class Rates:
 
     A CUDA graph that was captured with the kept values is of no use after the parameter has changed; the fingerprint in
     lrm_recall.decode sees to that.
+
+    Known: torch's fused optimisers, transformers' default among them, change A_log without counting it in `_version`.
+    A model that was scored before such a step is then scored with the rates of before, until it is loaded anew or
+    `torch.autograd.graph.increment_version(model.parameters())` is called.
     """
 
     def __init__(self) -> None:
